@@ -69,6 +69,16 @@ struct view {
     }
     KEEL_HD constexpr T& operator[](index i) const requires(Rank == 1) { return data[i]; }
 
+    /// Entry `i` of the second dimension, for all of the first: (rows, heads, head_dim) becomes (rows, head_dim) of one
+    /// head.
+    KEEL_HD constexpr view<T, Rank - 1> slice(index i) const requires(Rank > 2) {
+        view<T, Rank - 1> v = (*this)[0];
+        v.data += i * stride[1];
+        v.extent[0] = extent[0];
+        v.stride[0] = stride[0];
+        return v;
+    }
+
     /// The `count` entries of the first dimension from `first` on.
     KEEL_HD constexpr view rows(index first, index count) const {
         view v = *this;

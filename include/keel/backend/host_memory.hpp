@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT
+//
+// What the backends that compute in host memory share: buffers, weights that refer to a mapped file, the workspace.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include <keel/core/arena.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/quant.hpp>
+#include <keel/core/view.hpp>
+
+namespace keel::inline KEEL_ABI {
+
+/// Owned host memory, zero when made, aligned for any vector instruction. A value: copying copies the bytes.
+class host_buffer {
+public:
+    host_buffer() = default;
+
+    explicit host_buffer(index bytes) : bytes_(bytes) {
+        if (bytes == 0) return;
+        memory_.reset(static_cast<std::byte*>(::operator new(static_cast<std::size_t>(bytes), alignment)));
+        std::memset(memory_.get(), 0, static_cast<std::size_t>(bytes));
+    }
+
+    host_buffer(const host_buffer& other) : host_buffer(other.bytes_) {
+        if (bytes_ != 0) std::memcpy(data(), other.data(), static_cast<std::size_t>(bytes_));
+    }
+    host_buffer(host_buffer&& other) noexcept
+        : memory_(std::move(other.memory_)), bytes_(std::exchange(other.bytes_, 0)) {}
+    host_buffer& operator=(host_buffer other) noexcept {
+        std::swap(memory_, other.memory_);
+        std::swap(bytes_, other.bytes_);
+        return *this;
+    }
+
+    [[nodiscard]] std::byte* data() const { return memory_.get(); }
+    [[nodiscard]] index size() const { return bytes_; }
+
+private:
+    static constexpr std::align_val_t alignment{static_cast<std::size_t>(arena::alignment)};
+    struct release {
+        void operator()(std::byte* p) const { ::operator delete(p, alignment); }
+    };
+
+    std::unique_ptr<std::byte, release> memory_;
+    index bytes_ = 0;
+};
+
+/// Rows of weights as they lie in a file or in memory, and whatever keeps these bytes alive.
+struct host_matrix : matrix_view {
+    std::shared_ptr<const void> owner;
+};
+
+/// A small weight (norm, bias, taps), always f32.
+struct host_vector {
+    std::vector<float> values;
+
+    operator view<const float, 1>() const { return {values.data(), static_cast<index>(values.size())}; }
+};
+
+/// The memory side of the backend concept, for backends that compute in host memory.
+class host_memory {
+public:
+    using buffer = host_buffer;
+    using vector = host_vector;
+
+    explicit host_memory(index workspace_bytes)
+        : memory_(workspace_bytes), workspace_(memory_.data(), memory_.size()) {}
+
+    [[nodiscard]] buffer allocate(index bytes) const { return buffer(bytes); }
+    void upload(std::byte* to, const std::byte* from, index bytes) const {
+        std::memcpy(to, from, static_cast<std::size_t>(bytes));
+    }
+    void download(std::byte* to, const std::byte* from, index bytes) const {
+        std::memcpy(to, from, static_cast<std::size_t>(bytes));
+    }
+    [[nodiscard]] arena& workspace() { return workspace_; }
+
+private:
+    host_buffer memory_;
+    arena workspace_;
+};
+
+}  // namespace keel::inline KEEL_ABI
