@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: MIT
+//
+// The functions that start kernels: what cuda.hpp (host compiler) calls and kernels.cuh (nvcc, in one .cu) defines.
+// Plain structs and pointers only, in a namespace without the instruction set, so that both sides link whatever flags
+// they were compiled with. All pointers are to device memory. Every function returns what the launch returned.
+//
+// Weights as they lie on the device: rows of equal length, each a record that starts on 16 bytes and consists of planes
+// that follow each other. U = columns / 32, rounded up, is the number of units of 32 elements; missing elements of the
+// last unit are zero.
+//
+//   f32, f16, bf16   elements
+//   q8_0             codes int8 [32 U], scale f16 [U]                                        value = scale q
+//   q4_k             codes nibbles [16 U], (scale, minimum) u8 [2 U], (d, dmin) f16 [2 U / 8]
+//                                                           value = d scale q - dmin minimum
+//   q5_k             codes nibbles [16 U], fifth bits u32 [U], then as q4_k
+//   q6_k             codes nibbles [16 U], high pairs u64 [U], scale int8 [2 U] (of 16 each), d f16 [U / 8]
+//                                                           value = d scale (q - 32)
+//   wide             codes int8 [32 U], (scale, minimum) f32 [4 U] (of 16 each)              value = scale q - minimum
+//
+//   nibbles     byte i of a unit: element i low, element i + 16 high
+//   fifth bits  of element 4 w + b (w < 4): bit w of byte b; of element 16 + 4 w + b: bit 4 + w
+//   high pairs  byte 4 (w / 2) + b: of element 4 w + b at bit 4 (w % 2), of element 16 + 4 w + b two bits above
+//
+// Every type of GGUF that is not in the list becomes `wide`, exactly.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace keel::cuda_launch {
+
+enum class layout : int { f32, f16, bf16, q8_0, q4_k, q5_k, q6_k, wide };
+
+/// `count` matrices of `rows` records, y = W x.
+struct matrix {
+    const unsigned char* data;
+    layout type;
+    int count, rows, columns;
+    int row_bytes;  ///< of a record
+};
+
+/// Rows [first, first + n) of file blocks of GGUF type `type` (an id of keel::dtype) to records.
+struct repack_args {
+    const unsigned char* from;  ///< n rows as in the file
+    unsigned char* to;          ///< n records
+    int type;
+    layout as;
+    int columns, row_bytes;
+    long long rows;
+};
+cudaError_t repack(const repack_args&, cudaStream_t);
+
+/// A sequence in the batch; an array of these is on the device.
+struct segment {
+    long long position;
+    unsigned char* recurrent;
+    unsigned char* const* blocks;  ///< on the device, too
+    int first_row, rows;
+};
+
+/// keel::memory_layout, in plain numbers.
+struct memory {
+    int heads, head_dim, taps, mla_layers, latent_width;
+    int half;  ///< 1 if the cache is f16, 0 if f32
+    long long layer_floats;
+};
+
+/// What is done to the input of products before they are computed.
+enum class prologue : int {
+    none,
+    rms_norm,   ///< x / rms(x) * weight
+    head_norm,  ///< every head of `head_dim` divided by its rms, from sums of squares
+};
+
+/// out = W x or += W x, for several matrices with one input. With heads > 1, every matrix holds that many, and head h
+/// takes x + h * x_head to out + h * out_head.
+struct product {
+    matrix weight;
+    float* out;
+    long long out_row, out_head;  ///< strides
+    int accumulate;
+};
+struct matvec_args {
+    static constexpr int most = 8;
+    const float* x;
+    long long x_row, x_head;
+    int rows, columns, heads;
+    prologue before;
+    const float* norm;     ///< rms_norm: the weight
+    const float* squares;  ///< head_norm: (rows, columns / head_dim, slabs), sums of squares over a slab
+    float epsilon;
+    int head_dim, slabs;
+    int quantise;  ///< 1: integer codes are multiplied with activations rounded to 8 bits
+    int products;
+    product list[most];
+};
+cudaError_t matvec(const matvec_args&, cudaStream_t);
+
+struct embed_args {
+    matrix table;
+    const int* tokens;
+    float* out;
+    long long out_row;
+    int rows;
+};
+cudaError_t embed(const embed_args&, cudaStream_t);
+
+struct rms_norm_args {
+    const float* x;
+    const float* weight;
+    float* out;
+    long long x_row, out_row;
+    int rows, columns;
+    float epsilon;
+};
+cudaError_t rms_norm(const rms_norm_args&, cudaStream_t);
+
+struct short_conv_args {
+    float* x;
+    long long x_row;
+    const float* taps;
+    const segment* segments;
+    int segment_count;
+    int which, layer, channels;
+    memory layout;
+};
+cudaError_t short_conv(const short_conv_args&, cudaStream_t);
+
+struct l2_norm_args {
+    float* x;
+    long long x_row, x_head;
+    int rows, heads, head_dim;
+    float epsilon;
+};
+cudaError_t l2_norm(const l2_norm_args&, cudaStream_t);
+
+struct kda_gates_args {
+    float* log_decay;
+    float* beta;
+    const float* a;
+    const float* dt_bias;
+    long long decay_row, decay_head, beta_row;
+    int rows, heads, head_dim;
+};
+cudaError_t kda_gates(const kda_gates_args&, cudaStream_t);
+
+/// The recurrence row by row. head_dim is 32, 64, 128 or 256.
+struct kda_args {
+    const float *q, *k, *v, *log_decay, *beta;
+    long long q_row, q_head, k_row, k_head, v_row, v_head, decay_row, decay_head, beta_row;
+    float* out;
+    long long out_row, out_head;
+    const segment* segments;
+    int segment_count;
+    int layer;
+    memory layout;
+};
+cudaError_t kda_step(const kda_args&, cudaStream_t);
+
+struct gated_norm_args {
+    float* x;
+    const float* weight;
+    const float* gate;
+    long long x_row, x_head, gate_row, gate_head;
+    int rows, heads, head_dim;
+    float epsilon;
+};
+cudaError_t gated_norm(const gated_norm_args&, cudaStream_t);
+
+struct latent_append_args {
+    float* rows;
+    long long row_stride;
+    const float* weight;
+    const segment* segments;
+    int segment_count;
+    int row_count;  ///< of all segments together
+    int rank, layer;
+    float epsilon;
+    memory layout;
+};
+cudaError_t latent_append(const latent_append_args&, cudaStream_t);
+
+/// Split over the cache: `splits` blocks of a row each leave a maximum, a sum and a weighted sum in `partial`, which
+/// is (rows, splits, heads, rank + 2) floats; a second kernel joins them.
+struct latent_attend_args {
+    const float *q_latent, *q_position;
+    long long latent_row, latent_head, position_row, position_head;
+    float* out;
+    long long out_row, out_head;
+    float scale;
+    int heads, rank, layer;
+    const segment* segments;
+    int segment_count;
+    int first_row, row_count;
+    float* partial;
+    int splits;
+    memory layout;
+};
+cudaError_t latent_attend(const latent_attend_args&, cudaStream_t);
+
+struct route_args {
+    const float* logits;
+    long long logits_row;
+    const float* bias;
+    int* chosen;
+    float* weights;
+    long long chosen_row, weights_row;
+    int rows, experts, k;
+    float scale;
+};
+cudaError_t route(const route_args&, cudaStream_t);
+
+/// A gated feed-forward network: k chosen of `gate.count` networks per row (`chosen` null: network 0 with weight 1),
+/// and one more, `shared`, for every row if shared_gate.data is not null. `hidden` takes the activations between the
+/// two kernels: rows * slots * (width of the wider network, rounded up to 32) * 4 bytes.
+struct experts_args {
+    const float* x;
+    long long x_row;
+    const float* norm;  ///< null: x is the input; else rms_norm(x; norm) is
+    float epsilon;
+    const int* chosen;
+    const float* weights;
+    long long chosen_row, weights_row;
+    int rows, k;
+    matrix gate, up, down;
+    matrix shared_gate, shared_up, shared_down;
+    float* out;
+    long long out_row;
+    int accumulate;
+    int quantise;
+    float* hidden;
+};
+cudaError_t experts(const experts_args&, cudaStream_t);
+
+struct add_args {
+    float* x;
+    const float* y;
+    long long x_row, y_row;
+    int rows, columns;
+};
+cudaError_t add(const add_args&, cudaStream_t);
+
+struct gather_args {
+    const float* x;
+    long long x_row;
+    const long long* which;
+    float* out;
+    long long out_row;
+    int rows, columns;
+};
+cudaError_t gather(const gather_args&, cudaStream_t);
+
+}  // namespace keel::cuda_launch
