@@ -61,6 +61,10 @@ struct gguf_limits {
     static constexpr std::uint64_t shards = 65'535;
 };
 
+constexpr bool is_gguf_alignment(std::uint64_t n) {
+    return n >= 8 && n <= gguf_limits::alignment && (n & (n - 1)) == 0;
+}
+
 constexpr index padded(index bytes, index alignment) { return (bytes + alignment - 1) / alignment * alignment; }
 
 /// Bytes of a tensor with these extents. `fail(text)` throws if there is no such tensor.
@@ -245,7 +249,7 @@ private:
         if (stated == nullptr) return;
         if (stated->type() != gguf_type::u32) stated->fail("must be of type u32");
         const auto n = stated->as_uint();
-        if (n < 8 || n > gguf_limits::alignment || (n & (n - 1)) != 0) {
+        if (!is_gguf_alignment(n)) {
             stated->fail("is " + std::to_string(n) + ", a power of two from 8 to " +
                          std::to_string(gguf_limits::alignment) + " is needed");
         }
