@@ -42,12 +42,10 @@ view<float, 2> forward(B& b, const config& c, const weights<B>& w, const batch& 
     return wanted;
 }
 
-/// Rows of forward() to logits, (n, vocabulary), in the workspace.
+/// Rows of forward() to logits, (n, vocabulary).
 template <backend B>
-view<float, 2> project_logits(B& b, const config& c, const weights<B>& w, view<const float, 2> hidden) {
-    const auto logits = b.workspace().template take<float>(hidden.extent[0], c.vocabulary);
+void project_logits(B& b, const weights<B>& w, view<const float, 2> hidden, view<float, 2> logits) {
     b.matmul(hidden, {{w.output, logits}});
-    return logits;
 }
 
 }  // namespace keel::inline KEEL_ABI

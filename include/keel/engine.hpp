@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <keel/backend/concept.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/error.hpp>
+#include <keel/core/progress.hpp>
+#include <keel/core/token.hpp>
+#include <keel/core/view.hpp>
+#include <keel/io/gguf.hpp>
+#include <keel/model/config.hpp>
+#include <keel/model/executor.hpp>
+#include <keel/model/plan.hpp>
+#include <keel/model/weights.hpp>
+#include <keel/session.hpp>
+#include <keel/text/tokenizer.hpp>
+
+namespace keel::inline KEEL_ABI {
+
+struct engine_options {
+    keel::precision precision = precision::fast;
+    int threads = 0;  ///< CPU threads; 0: one per physical core
+    int device = 0;   ///< which GPU
+    index batch_rows =
+        512;        ///< most tokens that go through the model at once; more is faster in prefill and takes memory
+    progress tell;  ///< stage "load", counted in tensors
+};
+
+/// The tokenizer's part of a file's metadata.
+inline tokenizer_data read_tokenizer(const gguf& file) {
+    tokenizer_data data;
+    data.model = file.require_string("tokenizer.ggml.model");
+    data.pre = file.require_string("tokenizer.ggml.pre");
+    const auto tokens = file.require_array("tokenizer.ggml.tokens").strings();
+    data.tokens.assign(tokens.begin(), tokens.end());
+    if (const auto types = file.find_array("tokenizer.ggml.token_type")) {
+        for (index i = 0; i < types->size(); ++i) data.types.push_back(static_cast<std::int32_t>(types->int_at(i)));
+    }
+    if (const auto merges = file.find_array("tokenizer.ggml.merges")) {
+        data.merges.assign(merges->strings().begin(), merges->strings().end());
+    }
+    data.bos = file.find_int("tokenizer.ggml.bos_token_id");
+    data.eos = file.find_int("tokenizer.ggml.eos_token_id");
+    data.eot = file.find_int("tokenizer.ggml.eot_token_id");
+    data.eom = file.find_int("tokenizer.ggml.eom_token_id");
+    data.padding = file.find_int("tokenizer.ggml.padding_token_id");
+    data.unknown = file.find_int("tokenizer.ggml.unknown_token_id");
+    data.add_bos = file.find_bool("tokenizer.ggml.add_bos_token").value_or(false);
+    data.chat_template = file.find_string("tokenizer.chat_template").value_or("");
+    return data;
+}
+
+/// A loaded model. Immutable: threads may share it, and so may any number of sessions. A handle: copies refer to the
+/// same model, which lives as long as any engine or session of it.
+template <backend B>
+class basic_engine {
+public:
+    /// Opens a GGUF file or the first of a split set. Weights are used where the file is mapped, as far as the backend
+    /// can. Throws errc::file, errc::format or errc::unsupported, naming the file and the key or tensor;
+    /// errc::cancelled.
+    static basic_engine open(const std::filesystem::path& path, const engine_options& options = {}) {
+        return basic_engine(gguf::open(path), options);
+    }
+
+    /// The same for a file that is open already.
+    explicit basic_engine(gguf file, const engine_options& options = {}) : file_(std::move(file)) {
+        if (options.batch_rows < 1) throw error(errc::argument, "batch_rows", "must be at least 1");
+        const backend_options chosen{options.precision, options.threads, options.device};
+        config shape = read_config(file_);
+        tokenizer text(read_tokenizer(file_));
+        auto device = std::make_shared<typename B::device>(chosen);
+        B loader(device, 0);
+        auto loaded = load_weights(loader, file_, shape, options.tell);
+        model_ = std::shared_ptr<const detail::loaded_model<B>>(new detail::loaded_model<B>{
+            std::move(text), {std::move(shape), chosen, options.batch_rows, std::move(device), std::move(loaded)}});
+    }
+
+    /// An empty session. Throws errc::argument for a context that the model was not trained for.
+    [[nodiscard]] basic_session<B> start(const session_options& options = {}) const {
+        const index trained = shape().context;
+        if (options.context < 0 || options.context > trained) {
+            throw error(errc::argument, "context",
+                        std::to_string(options.context) + " tokens, but the model is made for at most " +
+                            std::to_string(trained));
+        }
+        return {model_, options.context > 0 ? options.context : std::min<index>(trained, 8192)};
+    }
+
+    /// Text to tokens. Control tokens in the text are recognised only if `special`: leave it off for what a user has
+    /// typed.
+    [[nodiscard]] std::vector<token> tokenize(std::string_view text, bool special = false) const {
+        return vocabulary().encode(text, special);
+    }
+
+    /// The bytes that a token stands for; a character may be spread over several tokens (see text_stream).
+    [[nodiscard]] std::string_view text(token t) const { return vocabulary().bytes(t); }
+    [[nodiscard]] std::string text(std::span<const token> tokens) const { return vocabulary().decode(tokens); }
+
+    [[nodiscard]] const tokenizer& vocabulary() const { return model_->text; }
+    [[nodiscard]] const config& shape() const { return model_->run.shape(); }
+    [[nodiscard]] const gguf& file() const { return file_; }
+
+private:
+    gguf file_;
+    std::shared_ptr<const detail::loaded_model<B>> model_;
+};
+
+}  // namespace keel::inline KEEL_ABI

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <keel/backend/batch.hpp>
+#include <keel/backend/concept.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/token.hpp>
+#include <keel/core/view.hpp>
+#include <keel/model/config.hpp>
+#include <keel/model/forward.hpp>
+#include <keel/model/plan.hpp>
+#include <keel/model/state.hpp>
+#include <keel/model/weights.hpp>
+
+namespace keel::inline KEEL_ABI {
+
+/// Which rows of a sequence's share of a batch end in logits.
+enum class want { none, last, all };
+
+/// One sequence's share of a batch.
+template <backend B>
+struct job {
+    sequence_state<B>* state;
+    std::span<const token> tokens;
+    want logits = want::last;
+};
+
+/// A loaded model, ready to run batches. Threads may share it: every run borrows a backend instance of its own, of
+/// which there are as many as there ever were runs at the same time.
+template <backend B>
+class executor {
+public:
+    executor(config shape, const backend_options& options, index batch_rows, std::shared_ptr<typename B::device> device,
+             weights<B> loaded)
+        : shape_(std::move(shape)),
+          options_(options),
+          batch_rows_(batch_rows),
+          device_(std::move(device)),
+          weights_(std::move(loaded)) {}
+
+    [[nodiscard]] const config& shape() const { return shape_; }
+    [[nodiscard]] const backend_options& options() const { return options_; }
+    [[nodiscard]] index batch_rows() const { return batch_rows_; }
+    [[nodiscard]] memory_layout layout() const { return shape_.memory(options_.precision); }
+
+    /// An empty sequence.
+    [[nodiscard]] sequence_state<B> make_state() const {
+        const borrowed b(*this, 0);
+        return {*b, layout()};
+    }
+
+    /// Makes sure that a run with sequences of up to `context` tokens will not have to allocate its workspace.
+    void prepare(index context) const { const borrowed b(*this, context); }
+
+    /// Advances each job's sequence by its tokens, at most batch_rows() in all, and calls
+    /// deliver(backend, job index, row of the job, logits (vocabulary) in backend memory) for the rows that are wanted.
+    /// `context` bounds the length of the sequences afterwards.
+    template <class Deliver>
+    void run(std::span<const job<B>> jobs, index context, Deliver&& deliver) const {
+        borrowed borrow(*this, context);
+        B& b = *borrow;
+        const arena::scope scope(b.workspace());
+
+        // Batches have their shortest segments first.
+        std::vector<std::size_t> order(jobs.size());
+        std::iota(order.begin(), order.end(), std::size_t{0});
+        std::ranges::stable_sort(order, {}, [&](std::size_t j) { return jobs[j].tokens.size(); });
+
+        struct origin {
+            std::size_t job;
+            index row;
+        };
+        std::vector<token> tokens;
+        std::vector<segment> segments;
+        std::vector<index> wanted;
+        std::vector<origin> origins;  // of the wanted rows
+        for (const std::size_t j : order) {
+            const index first = static_cast<index>(tokens.size());
+            const index rows = static_cast<index>(jobs[j].tokens.size());
+            segments.push_back(jobs[j].state->extend(b, first, rows));
+            tokens.insert(tokens.end(), jobs[j].tokens.begin(), jobs[j].tokens.end());
+            const index from = jobs[j].logits == want::all ? 0 : jobs[j].logits == want::last ? rows - 1 : rows;
+            for (index r = from; r < rows; ++r) {
+                wanted.push_back(first + r);
+                origins.push_back({j, r});
+            }
+        }
+        const memory_layout layout = this->layout();
+        const batch rows{tokens, segments, wanted, &layout};
+        const index n = static_cast<index>(wanted.size());
+
+        struct result {
+            view<float, 2> hidden;  // (n, hidden)
+            view<float, 2> logits;  // of the first of these, at most logits_rows
+        };
+        const auto pass = [&]() -> result {
+            const auto hidden = forward(b, shape_, weights_, rows);
+            const index count = std::min(n, logits_rows);
+            const auto logits = b.workspace().template take<float>(count, shape_.vocabulary);
+            project_logits(b, weights_, hidden.rows(0, count), logits);
+            return {hidden, logits};
+        };
+        result done;
+        if constexpr (requires { b.graph(rows, pass); }) {
+            done = b.graph(rows, pass);
+        } else {
+            done = pass();
+        }
+        for (const job<B>& j : jobs) j.state->advance(static_cast<index>(j.tokens.size()));
+
+        for (index r = 0; r < n; ++r) {
+            const index in_group = r % logits_rows;
+            if (r > 0 && in_group == 0) {
+                const index count = std::min(n - r, logits_rows);
+                project_logits(b, weights_, done.hidden.rows(r, count), done.logits.rows(0, count));
+            }
+            const origin& from = origins[static_cast<std::size_t>(r)];
+            deliver(b, from.job, from.row, view<const float, 1>(done.logits[in_group]));
+        }
+    }
+
+private:
+    /// A backend instance and the context that its workspace is made for.
+    struct lane {
+        index context;
+        B instance;
+    };
+
+    /// Holds a lane for the time of a run.
+    class borrowed {
+    public:
+        borrowed(const executor& from, index context) : from_(from), lane_(from.take(context)) {}
+        ~borrowed() { from_.put_back(std::move(lane_)); }
+        borrowed(const borrowed&) = delete;
+        borrowed& operator=(const borrowed&) = delete;
+
+        B& operator*() const { return lane_->instance; }
+
+    private:
+        const executor& from_;
+        std::unique_ptr<lane> lane_;
+    };
+
+    std::unique_ptr<lane> take(index context) const {
+        {
+            const std::lock_guard lock(mutex_);
+            const auto fits = std::ranges::find_if(idle_, [&](const auto& l) { return l->context >= context; });
+            if (fits != idle_.end()) {
+                auto taken = std::move(*fits);
+                idle_.erase(fits);
+                return taken;
+            }
+            if (!idle_.empty()) idle_.pop_back();  // outgrown: its successor takes its place
+        }
+        const index bytes = context == 0 ? 0 : workspace_bytes<B>(shape_, options_, batch_rows_, context);
+        return std::unique_ptr<lane>(new lane{context, B(device_, bytes)});
+    }
+
+    void put_back(std::unique_ptr<lane> returned) const noexcept {
+        const std::lock_guard lock(mutex_);
+        if (idle_.size() == idle_.capacity()) return;  // cannot grow here; the next run makes another
+        idle_.push_back(std::move(returned));
+    }
+
+    config shape_;
+    backend_options options_;
+    index batch_rows_;
+    std::shared_ptr<typename B::device> device_;
+    weights<B> weights_;
+    mutable std::mutex mutex_;
+    mutable std::vector<std::unique_ptr<lane>> idle_ = [] {
+        std::vector<std::unique_ptr<lane>> lanes;
+        lanes.reserve(64);
+        return lanes;
+    }();
+};
+
+}  // namespace keel::inline KEEL_ABI

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MIT
+//
+// How much memory a model needs, before anything is loaded. The workspace is found by running the forward pass on a
+// backend that computes nothing and only counts what is taken.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+#include <memory>
+#include <vector>
+
+#include <keel/backend/batch.hpp>
+#include <keel/backend/concept.hpp>
+#include <keel/core/arena.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/view.hpp>
+#include <keel/model/config.hpp>
+#include <keel/model/forward.hpp>
+#include <keel/model/weights.hpp>
+
+namespace keel::inline KEEL_ABI {
+
+/// Bytes, exactly as they will be allocated; `weights` are those of the file's tensors where a backend maps them in
+/// place.
+struct memory_plan {
+    index weights = 0;
+    index workspace = 0;        ///< per batch in flight: one for each thread that runs sessions
+    index state = 0;            ///< recurrent state of one session, whatever its length
+    index cache_per_token = 0;  ///< latent cache of one session
+    index cache = 0;            ///< the same for a full context, in whole blocks
+
+    [[nodiscard]] index total(index sessions = 1) const { return weights + workspace + sessions * (state + cache); }
+};
+
+namespace detail {
+
+/// Satisfies the backend concept with operations that do nothing.
+class counting_backend {
+public:
+    struct matrix {};
+    struct vector {
+        operator view<const float, 1>() const { return {}; }
+    };
+    struct device {};
+    struct buffer {
+        [[nodiscard]] std::byte* data() const { return nullptr; }
+        [[nodiscard]] index size() const { return 0; }
+    };
+
+    [[nodiscard]] buffer allocate(index) const { return {}; }
+    void upload(std::byte*, const std::byte*, index) const {}
+    void download(std::byte*, const std::byte*, index) const {}
+    [[nodiscard]] arena& workspace() { return workspace_; }
+    static index scratch_bytes(const workspace_limits&, const backend_options&) { return 0; }
+    [[nodiscard]] matrix bind(const matrix_view&, const std::shared_ptr<const void>&) const { return {}; }
+    [[nodiscard]] vector bind(const std::vector<float>&) const { return {}; }
+    [[nodiscard]] index prefill_from() const { return 2; }
+
+    void embed(const embed_args<matrix>&) {}
+    void rms_norm(const rms_norm_args&) {}
+    void matmul(view<const float, 2>, std::initializer_list<linear<matrix>>) {}
+    void matmul_heads(const matmul_heads_args<matrix>&) {}
+    void short_conv(const short_conv_args&) {}
+    void l2_norm(const l2_norm_args&) {}
+    void kda_gates(const kda_gates_args&) {}
+    void kda_step(const kda_args&) {}
+    void kda_chunk(const kda_args&) {}
+    void gated_norm(const gated_norm_args&) {}
+    void latent_append(const latent_append_args&) {}
+    void latent_attend(const latent_attend_args&) {}
+    void expanded_attend(const expanded_attend_args<matrix>&) {}
+    void swiglu(const swiglu_args<matrix>&) {}
+    void route(const route_args&) {}
+    void experts(const experts_args<matrix>&) {}
+    void add(const add_args&) {}
+    void gather(const gather_args&) {}
+
+private:
+    arena workspace_;
+};
+
+}  // namespace detail
+
+/// Rows whose logits are projected together; it bounds the workspace that logits take.
+inline constexpr index logits_rows = 32;
+
+/// Bytes of workspace that a backend needs for batches of up to `rows` rows of sequences up to `context` tokens.
+template <backend B>
+index workspace_bytes(const config& c, const backend_options& options, index rows, index context) {
+    detail::counting_backend counter;
+    const auto nothing = make_layers<detail::counting_backend>(c);
+    const std::vector<token> tokens(static_cast<std::size_t>(rows));
+    std::vector<index> wanted(static_cast<std::size_t>(rows));
+    const memory_layout layout = c.memory(options.precision);
+    // One row to decode and the others to prefill: what is taken for either form is counted.
+    std::vector<segment> segments{{.first_row = 0, .rows = 1}};
+    if (rows > 1) segments.push_back({.first_row = 1, .rows = std::max<index>(rows - 1, 2)});
+    const auto hidden = forward(counter, c, nothing, {tokens, segments, wanted, &layout});
+    const auto logits = counter.workspace().take<float>(std::min(rows, logits_rows), c.vocabulary);
+    project_logits(counter, nothing, hidden, logits);
+    return counter.workspace().peak() + B::scratch_bytes(c.limits(rows, context), options);
+}
+
+/// The plan for a file whose tensors take `weight_bytes`.
+template <backend B>
+memory_plan make_plan(const config& c, const backend_options& options, index weight_bytes, index rows, index context) {
+    const memory_layout layout = c.memory(options.precision);
+    const index blocks = (context + memory_layout::block_rows - 1) / memory_layout::block_rows;
+    return {.weights = weight_bytes,
+            .workspace = workspace_bytes<B>(c, options, rows, context),
+            .state = layout.recurrent_bytes(),
+            .cache_per_token = layout.mla_layers * layout.latent_row_bytes(),
+            .cache = blocks * layout.block_bytes()};
+}
+
+}  // namespace keel::inline KEEL_ABI
