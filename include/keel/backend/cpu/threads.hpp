@@ -119,15 +119,17 @@ constexpr row_range share_of(index tasks, int thread, int threads, index grain =
 /// A fixed number of threads: the caller's own and size() - 1 workers, which sleep when there has been nothing to do
 /// for a tenth of a millisecond. Several host threads may use one pool: their jobs run one after another, each with all
 /// threads. A job must not start another one on its own pool.
+///
+/// A job has one share per thread. Whoever claims a share runs it: its worker, or the caller if it has done its own
+/// share and that worker is still asleep or without a processor. So no job waits for a thread to wake up.
 class thread_pool {
 public:
     /// `threads` in all, the caller's included; 0: one per physical core that this process may use.
-    explicit thread_pool(int threads = 0) {
-        const int size = threads > 0 ? threads : detail::usable_cores();
-        errors_.resize(static_cast<std::size_t>(size));
-        workers_.reserve(static_cast<std::size_t>(size - 1));
+    explicit thread_pool(int threads = 0)
+        : shares_(static_cast<std::size_t>(threads > 0 ? threads : detail::usable_cores())) {
+        workers_.reserve(shares_.size() - 1);
         try {
-            for (int thread = 1; thread < size; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+            for (int thread = 1; thread < size(); ++thread) workers_.emplace_back([this, thread] { work(thread); });
         } catch (...) {
             stop();
             throw;
@@ -137,60 +139,73 @@ public:
     thread_pool(const thread_pool&) = delete;
     thread_pool& operator=(const thread_pool&) = delete;
 
-    [[nodiscard]] int size() const { return static_cast<int>(workers_.size()) + 1; }
+    [[nodiscard]] int size() const { return static_cast<int>(shares_.size()); }
 
-    /// Calls f(thread, threads) on every thread, the caller's being 0, and returns when all are done. The first
-    /// exception, by number of the thread, is thrown again here.
+    /// Calls f(share, shares) for each of size() shares, one share on each thread if all of them are awake, and returns
+    /// when all are done. f must not wait for another share. The first exception, by number of the share, is thrown
+    /// again here.
     template <class F>
     void parallel(F&& f) {
-        if (workers_.empty()) return f(0, 1);
+        if (size() == 1) {
+            f(0, 1);
+            return;
+        }
         const std::unique_lock turn = take_turn();
-        job_ = [](void* context, int thread, int threads) {
-            (*static_cast<std::remove_reference_t<F>*>(context))(thread, threads);
+        job_ = [](void* context, int share, int shares) {
+            (*static_cast<std::remove_reference_t<F>*>(context))(share, shares);
         };
         context_ = const_cast<void*>(static_cast<const void*>(std::addressof(f)));
-        busy_.store(size() - 1, std::memory_order_relaxed);
-        round_.fetch_add(1, std::memory_order_seq_cst);
+        unfinished_.store(size(), std::memory_order_relaxed);
+        const std::uint32_t round = round_.fetch_add(1, std::memory_order_seq_cst) + 1;
         if (asleep_.load(std::memory_order_seq_cst) > 0) round_.notify_all();
-        run(0);
-        const auto finished = [&] { return busy_.load(std::memory_order_acquire) == 0; };
+        for (int share = 0; share < size(); ++share) run_if_unclaimed(share, round);
+        const auto finished = [&] { return unfinished_.load(std::memory_order_acquire) == 0; };
         while (!detail::spin_until(finished)) std::this_thread::yield();
         if (failed_.load(std::memory_order_relaxed)) rethrow();
     }
 
-    /// Calls f(task) for each of `tasks` tasks; each thread has consecutive ones.
+    /// Calls f(task) for each of `tasks` tasks; each share has consecutive ones.
     template <class F>
     void parallel_for(index tasks, F&& f) {
         if (tasks <= 1) {
             if (tasks == 1) f(index{0});
             return;
         }
-        parallel([&](int thread, int threads) {
-            const row_range mine = share_of(tasks, thread, threads);
+        parallel([&](int share, int shares) {
+            const row_range mine = share_of(tasks, share, shares);
             for (index task = mine.first; task < mine.first + mine.count; ++task) f(task);
         });
     }
 
 private:
+    struct alignas(64) share_state {
+        std::atomic<std::uint32_t> round{0};  // the last in which it was claimed
+        std::exception_ptr error;
+    };
+
     std::unique_lock<std::mutex> take_turn() {
         std::unique_lock turn(turn_, std::try_to_lock);
         if (!turn && !detail::spin_until([&] { return turn.try_lock(); })) turn.lock();
         return turn;
     }
 
-    void run(int thread) noexcept {
+    void run_if_unclaimed(int share, std::uint32_t round) noexcept {
+        share_state& state = shares_[static_cast<std::size_t>(share)];
+        std::uint32_t previous = round - 1;
+        if (!state.round.compare_exchange_strong(previous, round, std::memory_order_acq_rel)) return;
         try {
-            job_(context_, thread, size());
+            job_(context_, share, size());
         } catch (...) {
-            errors_[static_cast<std::size_t>(thread)] = std::current_exception();
+            state.error = std::current_exception();
             failed_.store(true, std::memory_order_relaxed);
         }
+        unfinished_.fetch_sub(1, std::memory_order_release);
     }
 
     void rethrow() {
         std::exception_ptr first;
-        for (std::exception_ptr& error : errors_) {
-            const std::exception_ptr taken = std::exchange(error, nullptr);
+        for (share_state& state : shares_) {
+            const std::exception_ptr taken = std::exchange(state.error, nullptr);
             if (!first) first = taken;
         }
         failed_.store(false, std::memory_order_relaxed);
@@ -200,16 +215,14 @@ private:
     void work(int thread) {
         std::uint32_t seen = 0;
         while (true) {
-            const auto news = [&] { return round_.load(std::memory_order_acquire) != seen; };
-            if (!detail::spin_until(news)) {
+            if (!detail::spin_until([&] { return round_.load(std::memory_order_acquire) != seen; })) {
                 asleep_.fetch_add(1, std::memory_order_seq_cst);
                 round_.wait(seen, std::memory_order_seq_cst);
                 asleep_.fetch_sub(1, std::memory_order_relaxed);
             }
-            ++seen;
-            if (stopping_) return;
-            run(thread);
-            busy_.fetch_sub(1, std::memory_order_release);
+            seen = round_.load(std::memory_order_acquire);
+            if (stopping_.load(std::memory_order_relaxed)) return;
+            run_if_unclaimed(thread, seen);
         }
     }
 
@@ -221,13 +234,13 @@ private:
     }
 
     std::mutex turn_;
-    void (*job_)(void*, int, int) = nullptr;  // these four: written before a round begins, read during it
+    void (*job_)(void*, int, int) = nullptr;  // as context_, written before a round begins
     void* context_ = nullptr;
-    bool stopping_ = false;
-    std::vector<std::exception_ptr> errors_;  // one per thread
+    std::vector<share_state> shares_;
     std::atomic<bool> failed_{false};
+    std::atomic<bool> stopping_{false};
     alignas(64) std::atomic<std::uint32_t> round_{0};
-    alignas(64) std::atomic<int> busy_{0};
+    alignas(64) std::atomic<int> unfinished_{0};
     std::atomic<int> asleep_{0};
     std::vector<std::thread> workers_;
 };
