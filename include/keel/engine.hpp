@@ -33,7 +33,7 @@ struct engine_options {
     int device = 0;   ///< which GPU
     index batch_rows =
         512;        ///< most tokens that go through the model at once; more is faster in prefill and takes memory
-    progress tell;  ///< stage "load", counted in tensors
+    progress tell = {};      ///< stage "load", counted in tensors
 };
 
 /// The tokenizer's part of a file's metadata.
