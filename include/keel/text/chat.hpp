@@ -29,23 +29,23 @@ enum class chat_role { system, user, assistant, tool };
 
 /// A tool that the assistant calls.
 struct chat_call {
-    std::string id;         ///< "functions.NAME:N", N counting the calls of the whole conversation from 0
-    std::string arguments;  ///< JSON text
+    std::string id = {};         ///< "functions.NAME:N", N counting the calls of the whole conversation from 0
+    std::string arguments = {};  ///< JSON text
 };
 
-/// One message of a conversation.
+/// One message of a conversation, to be filled by designated initialisers.
 struct chat_message {
     chat_role role = chat_role::user;
-    std::string content;
-    std::string name;              ///< shown to the model in place of the role; for a result, the tool's
-    std::vector<chat_call> calls;  ///< of the assistant only
-    std::string call_id;           ///< of a tool's result: the call that it answers
+    std::string content = {};
+    std::string name = {};              ///< shown to the model in place of the role; for a result, the tool's
+    std::vector<chat_call> calls = {};  ///< of the assistant only
+    std::string call_id = {};           ///< of a tool's result: the call that it answers
 };
 
 struct chat_options {
-    std::string_view tools;     ///< JSON array of tool declarations, compact and with sorted keys; empty: none
-    bool after_answer = false;  ///< the messages continue a conversation whose last answer lacks its end token
-    bool answer = true;         ///< open the assistant's message, for the model to write it
+    std::string_view tools = {};  ///< JSON array of tool declarations, compact and with sorted keys; empty: none
+    bool after_answer = false;    ///< the messages continue a conversation whose last answer lacks its end token
+    bool answer = true;           ///< open the assistant's message, for the model to write it
 };
 
 /// The markers of a layout. Each is one control token of the vocabulary.

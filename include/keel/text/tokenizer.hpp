@@ -35,15 +35,19 @@ enum class token_type : std::uint8_t {
 /// What a model file says about its tokenizer, unchecked. The comments name the GGUF keys (after "tokenizer."). The
 /// views need to live until the tokenizer is made and no longer.
 struct tokenizer_data {
-    std::string_view model = "gpt2";                 // ggml.model
-    std::string_view pre = "kimi-k2";                // ggml.pre
-    std::vector<std::string_view> tokens;            // ggml.tokens, by id; normal ones in printable form
-    std::vector<std::int32_t> types;                 // ggml.token_type; empty: all are normal
-    std::vector<std::string_view> merges;            // ggml.merges, "left right"; empty: follow from the tokens
-    std::optional<std::int64_t> bos, eos, eot, eom;  // ggml.bos_token_id, ...; absent means that there is none
-    std::optional<std::int64_t> padding, unknown;    // ggml.padding_token_id, ggml.unknown_token_id
-    bool add_bos = false;                            // ggml.add_bos_token
-    std::string_view chat_template;                  // chat_template
+    std::string_view model = "gpt2";                // ggml.model
+    std::string_view pre = "kimi-k2";               // ggml.pre
+    std::span<const std::string_view> tokens = {};  // ggml.tokens, by id; normal ones in printable form
+    std::span<const std::int32_t> types = {};       // ggml.token_type; empty: all are normal
+    std::span<const std::string_view> merges = {};  // ggml.merges, "left right"; empty: follow from the tokens
+    std::optional<std::int64_t> bos = {};           // ggml.bos_token_id; absent means that there is none
+    std::optional<std::int64_t> eos = {};           // ggml.eos_token_id
+    std::optional<std::int64_t> eot = {};           // ggml.eot_token_id
+    std::optional<std::int64_t> eom = {};           // ggml.eom_token_id
+    std::optional<std::int64_t> padding = {};       // ggml.padding_token_id
+    std::optional<std::int64_t> unknown = {};       // ggml.unknown_token_id
+    bool add_bos = false;                           // ggml.add_bos_token
+    std::string_view chat_template = {};            // chat_template
 };
 
 namespace detail {
@@ -138,7 +142,7 @@ private:
     std::optional<token> checked(std::optional<std::int64_t> id, std::string_view name) const;
 
     void read_tokens(const tokenizer_data& data);
-    void read_merges(const std::vector<std::string_view>& lines);
+    void read_merges(std::span<const std::string_view> lines);
     void rebuild_merges();
     void collect_special();
     void encode_plain(std::string_view text, detail::pair_merger& merger, std::vector<token>& out) const;
@@ -253,12 +257,13 @@ inline void tokenizer::read_tokens(const tokenizer_data& data) {
     }
 }
 
-inline void tokenizer::read_merges(const std::vector<std::string_view>& lines) {
+inline void tokenizer::read_merges(std::span<const std::string_view> lines) {
     std::string joined;
     for (std::size_t i = 0; i < lines.size(); ++i) {
         const auto reject = [&](const std::string& what) { fail(errc::format, "merge " + std::to_string(i) + what); };
         const std::size_t space = lines[i].find(' ');
-        if (space == std::string_view::npos || lines[i].find(' ', space + 1) != std::string_view::npos) {
+        if (space == std::string_view::npos || space == 0 || space + 1 == lines[i].size() ||
+            lines[i].find(' ', space + 1) != std::string_view::npos) {
             reject(" is not two parts with one space between");
         }
         joined.clear();
