@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+//
+// The kernels for many rows: what cuda.hpp (host compiler) sees of them, with the conventions of launch.hpp. Every
+// function only enqueues work on `stream` and returns the error of doing so. f32 activations and their strides are
+// multiples of 16 bytes.
+#pragma once
+
+#include <cstddef>
+
+#include <cuda_runtime_api.h>
+
+#include <keel/backend/cuda/launch.hpp>
+
+namespace keel::cuda_launch {
+
+/// (n, heads, width) or (n, columns) in device memory; the last dimension is contiguous.
+template <class T>
+struct activations {
+    T* data = nullptr;
+    long long row = 0, head = 0;  ///< strides in elements
+};
+
+/// Kimi Delta Attention in chunks of 16 tokens; the formula is that of keel::kda_args. head_dim is 32, 64 or 128.
+/// Products are of half-width factors, all bounded by 1 but the state and v, whose magnitude must stay below 65504;
+/// sums and the state are f32.
+struct kda_chunk_args {
+    activations<const float> q, k, v, log_decay;  ///< (n, H, D)
+    activations<const float> beta;                ///< (n, H); any alignment
+    activations<float> out;                       ///< (n, H, D)
+    const segment* segments = nullptr;
+    int segment_count = 0;
+    int longest = 0;  ///< rows of the longest segment
+    int layer = 0;
+    memory layout{};
+    void* workspace = nullptr;
+    std::size_t workspace_bytes = 0;  ///< at least kda_chunk_bytes(.., 16); more lets more chunks run side by side
+};
+
+/// Workspace with which `longest` rows of each segment are prepared at once.
+std::size_t kda_chunk_bytes(int segment_count, int heads, int head_dim, int longest);
+cudaError_t kda_chunk(const kda_chunk_args& args, cudaStream_t stream);
+
+}  // namespace keel::cuda_launch
