@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT
+//
+// What all kernels share: how they are started and wait for each other, sums over a warp and over a block, loads.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <keel/backend/cuda/launch.hpp>
+
+namespace keel::cuda_kernels {
+
+namespace launch = cuda_launch;
+
+inline constexpr int warp_size = 32;
+
+// Programmatic dependent launch: a kernel may start while the one before it still runs, and does so up to here. What
+// it reads before wait() must be constant (weights); the next kernel may start once all blocks of this one are past
+// wait(), so that never more than two overlap.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Starts a kernel behind the previous one on the stream, overlapping its beginning with that one's end.
+template <class Kernel, class... Arguments>
+cudaError_t start(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                  const Arguments&... arguments) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+    if (shared_bytes > 48 * 1024) {
+        const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        if (e != cudaSuccess) return e;
+    }
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+/// Sum over `Width` neighbouring lanes, in all of them; the order does not depend on anything else.
+template <int Width = warp_size>
+__device__ inline float lanes_sum(float x) {
+    for (int d = Width / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, d);
+    return x;
+}
+
+template <int Width = warp_size>
+__device__ inline float lanes_max(float x) {
+    for (int d = Width / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, d));
+    return x;
+}
+
+template <int Width = warp_size>
+__device__ inline int lanes_sum(int x) {
+    for (int d = Width / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, d);
+    return x;
+}
+
+/// Sum over the block, in all threads. Ends with a barrier behind which it may be called again.
+__device__ inline float block_sum(float x) {
+    __shared__ float of_warp[warp_size];
+    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    x = lanes_sum(x);
+    if (lane == 0) of_warp[warp] = x;
+    __syncthreads();
+    x = lanes_sum(lane < blockDim.x / warp_size ? of_warp[lane] : 0.0f);
+    __syncthreads();
+    return x;
+}
+
+__device__ inline float sigmoid(float x) {
+    const float e = expf(-fabsf(x));
+    return x >= 0 ? 1.0f / (1.0f + e) : e / (1.0f + e);
+}
+
+__device__ inline float silu(float x) { return x * sigmoid(x); }
+
+__device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+
+/// 16 bytes of weights, which are read once: they need not stay in L1.
+__device__ inline uint4 load_weights16(const unsigned char* p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+    return v;
+}
+
+template <class T>
+__device__ inline T load(const unsigned char* p) {
+    return __ldg(reinterpret_cast<const T*>(p));
+}
+
+__device__ inline float half_bits(unsigned short bits) { return __half2float(__ushort_as_half(bits)); }
+
+/// Four neighbouring floats from element `i` on; those at `n` and beyond are 0.
+__device__ inline float4 load_four(const float* p, int i, int n) {
+    if (i + 4 <= n && (reinterpret_cast<unsigned long long>(p + i) & 15) == 0) {
+        return *reinterpret_cast<const float4*>(p + i);
+    }
+    float4 v;
+    v.x = i < n ? p[i] : 0.0f;
+    v.y = i + 1 < n ? p[i + 1] : 0.0f;
+    v.z = i + 2 < n ? p[i + 2] : 0.0f;
+    v.w = i + 3 < n ? p[i + 3] : 0.0f;
+    return v;
+}
+
+}  // namespace keel::cuda_kernels

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: MIT
+//
+// The router's choice, and gated feed-forward networks for few rows: only the chosen experts' weights are read.
+#pragma once
+
+#include <keel/backend/cuda/device.cuh>
+#include <keel/backend/cuda/elementwise.cuh>
+#include <keel/backend/cuda/matvec.cuh>
+
+namespace keel::cuda_kernels {
+
+/// A warp chooses the k best of a row: in every round the lanes offer the best that they have left, the smaller index
+/// on a tie. `taken` marks of this lane's candidates (lane + 32 i) those that are gone.
+struct best_first {
+    const float* logits;
+    const float* bias;
+    int experts;
+    unsigned long long taken = 0;
+
+    __device__ int next(int lane) {
+        float score = -INFINITY;
+        int best = experts;
+        for (int i = 0; lane + warp_size * i < experts; ++i) {
+            const int e = lane + warp_size * i;
+            const float s = sigmoid(logits[e]) + bias[e];
+            if (!(taken >> i & 1) && (best == experts || s > score)) score = s, best = e;
+        }
+        for (int d = warp_size / 2; d > 0; d /= 2) {
+            const float other_score = __shfl_xor_sync(0xFFFFFFFFu, score, d);
+            const int other = __shfl_xor_sync(0xFFFFFFFFu, best, d);
+            const bool other_valid = other < experts;
+            if (other_valid && (best == experts || other_score > score || (other_score == score && other < best))) {
+                score = other_score, best = other;
+            }
+        }
+        if (best % warp_size == lane) taken |= 1ull << best / warp_size;
+        return best;
+    }
+};
+
+__global__ void route_kernel(const __grid_constant__ launch::route_args a) {
+    wait_for_previous();
+    const int r = blockIdx.x, lane = threadIdx.x;
+    best_first best{a.logits + r * a.logits_row, a.bias, a.experts};
+    float total = 0;
+    for (int slot = 0; slot < a.k; ++slot) {
+        const int e = best.next(lane);
+        const float share = sigmoid(best.logits[e]);
+        total += share;
+        if (lane == 0) {
+            a.chosen[r * a.chosen_row + slot] = e;
+            a.weights[r * a.weights_row + slot] = share;
+        }
+    }
+    __syncwarp();
+    const float scale = a.scale / fmaxf(total, 0x1p-14f);
+    for (int slot = lane; slot < a.k; slot += warp_size) a.weights[r * a.weights_row + slot] *= scale;
+}
+
+inline constexpr int expert_threads = 256;
+
+/// One of the networks that a row goes through: the k chosen, then the shared one.
+struct expert_slot {
+    const launch::matrix *gate, *up, *down;
+    int which;
+    float weight;
+
+    __device__ expert_slot(const launch::experts_args& a, int row, int slot) {
+        const bool shared = slot == a.k;
+        gate = shared ? &a.shared_gate : &a.gate;
+        up = shared ? &a.shared_up : &a.up;
+        down = shared ? &a.shared_down : &a.down;
+        which = !shared && a.chosen ? a.chosen[row * a.chosen_row + slot] : 0;
+        weight = !shared && a.chosen ? a.weights[row * a.weights_row + slot] : 1.0f;
+    }
+};
+
+/// What lies between the two kernels: per row and slot, the down product's input as `staged` wants it, as codes if its
+/// weights are codes. Units of the widest network apart.
+__device__ inline unsigned char* hidden_of(const launch::experts_args& a, int slots, int units, int row, int slot) {
+    return reinterpret_cast<unsigned char*>(a.hidden) +
+           (static_cast<long long>(row) * slots + slot) * staged::value_bytes(units);
+}
+
+__device__ inline const unsigned char* record(const launch::matrix& m, int which, int row) {
+    return m.data + (static_cast<long long>(which) * m.rows + row) * m.row_bytes;
+}
+
+/// silu(W_gate x) * W_up x. A block makes a unit of 32 elements of one slot. Grid: (units, slots, rows).
+template <bool Codes>
+__global__ void __launch_bounds__(expert_threads, 4) expert_up_kernel(
+    const __grid_constant__ launch::experts_args a, const int widest_units, const bool floats, const bool codes) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    __shared__ float made[32];
+    const int row = blockIdx.z, unit = blockIdx.x;
+    const int units = units_of(a.gate.columns);
+    wait_for_previous();
+    const expert_slot slot(a, row, blockIdx.y);
+    if (unit >= units_of(slot.gate->rows)) return;
+    const staged x(memory, units, floats);
+    const float* from = a.x + row * a.x_row;
+    const int columns = a.gate.columns;
+    if (a.norm) {
+        const float scale = inverse_rms(from, columns, a.epsilon);
+        stage(x, units, floats, codes, [&](int i) {
+            const float4 v = load_four(from, i, columns), w = load_four(a.norm, i, columns);
+            return float4{v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
+        });
+    } else {
+        stage(x, units, floats, codes, [&](int i) { return load_four(from, i, columns); });
+    }
+    __syncthreads();
+
+    constexpr int lanes = 8;
+    const int lane = threadIdx.x % lanes, local = threadIdx.x / lanes;
+    const int r = min(32 * unit + local, slot.gate->rows - 1);
+    float gate[1] = {}, up[1] = {};
+    visit_format(slot.gate->type, [&]<class Format>() {
+        row_product<Format, Codes, lanes>(record(*slot.gate, slot.which, r), units, lane, x, 0, gate);
+    });
+    visit_format(slot.up->type, [&]<class Format>() {
+        row_product<Format, Codes, lanes>(record(*slot.up, slot.which, r), units, lane, x, 0, up);
+    });
+    gate[0] = lanes_sum<lanes>(gate[0]);
+    up[0] = lanes_sum<lanes>(up[0]);
+    if (lane == 0) made[local] = 32 * unit + local < slot.gate->rows ? silu(gate[0]) * up[0] : 0.0f;
+    __syncthreads();
+    if (threadIdx.x >= warp_size) return;
+    unsigned char* to = hidden_of(a, gridDim.y, widest_units, row, blockIdx.y);
+    const bool as_codes = Codes && is_integer(slot.down->type);
+    const staged out(to, units_of(slot.gate->rows), !as_codes);
+    const int i = threadIdx.x;
+    const float value = made[i];
+    if (!as_codes) {
+        out.values[staged::place(32 * unit + i)] = value;
+        return;
+    }
+    const float largest = lanes_max(fabsf(value));
+    const int q = __float2int_rn(value * (largest > 0 ? 127.0f / largest : 0.0f));
+    const int sum = lanes_sum<16>(q);
+    const int other = __shfl_xor_sync(0xFFFFFFFFu, sum, 16);
+    (i < 16 ? out.first : out.second)[16 * unit + i % 16] = static_cast<signed char>(q);
+    if (i == 0) {
+        out.scale[unit] = largest / 127.0f;
+        out.sums[unit] = (sum & 0xFFFF) | other << 16;
+    }
+}
+
+/// Pieces of one output row over several slots with the same matrices, as one stream; lane takes every 32nd.
+template <class Format, bool Codes>
+__device__ inline float down_product(const launch::matrix& down, int row, int slots, const int* which,
+                                     const float* weight, const unsigned char* memory, int slot_bytes, int lane) {
+    const int units = units_of(down.columns), pieces = units * (32 / Format::elements);
+    float total = 0;
+    for (int slot = 0, p = lane; slot < slots;) {
+        if (p >= pieces) {
+            p -= pieces, ++slot;
+            continue;
+        }
+        constexpr int ahead = 3;
+        typename Format::piece w[ahead];
+        int piece[ahead], of[ahead];
+        int taken = 0;
+#pragma unroll
+        for (int i = 0; i < ahead; ++i) {
+            while (slot < slots && p >= pieces) p -= pieces, ++slot;
+            piece[i] = p, of[i] = slot;
+            if (slot < slots) {
+                w[i] = Format::load(record(down, which[slot], row), units, p);
+                ++taken;
+                p += warp_size;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < ahead; ++i) {
+            if (i >= taken) continue;
+            const staged x(const_cast<unsigned char*>(memory) + of[i] * slot_bytes, units,
+                           !(Codes && Format::integer));
+            float sum[1] = {};
+            add_products<Format, Codes>(w[i], piece[i], x, 0, sum);
+            total += weight[of[i]] * sum[0];
+        }
+    }
+    return total;
+}
+
+/// out = or += the weighted sum over the slots of W_down hidden. A warp per element of the output. Grid: (blocks, rows).
+template <bool Codes>
+__global__ void __launch_bounds__(expert_threads, 4) expert_down_kernel(
+    const __grid_constant__ launch::experts_args a, const int widest_units, const int slots) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    __shared__ int which[32];
+    __shared__ float weight[32];
+    wait_for_previous();
+    const int row = blockIdx.y;
+    const auto bytes = [&](const launch::matrix& down) {
+        const int units = units_of(down.columns);
+        return Codes && is_integer(down.type) ? staged::code_bytes(units) : staged::value_bytes(units);
+    };
+    const int slot_bytes = bytes(a.down), shared_at = a.k * slot_bytes;
+    for (int slot = 0; slot < slots; ++slot) {
+        const uint4* from = reinterpret_cast<const uint4*>(hidden_of(a, slots, widest_units, row, slot));
+        uint4* to = reinterpret_cast<uint4*>(memory + slot * slot_bytes);
+        const int n = (slot < a.k ? slot_bytes : bytes(a.shared_down)) / 16;
+        for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = from[i];
+    }
+    if (threadIdx.x < a.k) {
+        const expert_slot slot(a, row, threadIdx.x);
+        which[threadIdx.x] = slot.which;
+        weight[threadIdx.x] = slot.weight;
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % warp_size;
+    const int r = (blockIdx.x * blockDim.x + threadIdx.x) / warp_size;
+    if (r >= a.down.rows) return;
+    float total = 0;
+    visit_format(a.down.type, [&]<class Format>() {
+        total = down_product<Format, Codes>(a.down, r, a.k, which, weight, memory, slot_bytes, lane);
+    });
+    if (slots > a.k) {
+        const int first = 0;
+        const float one = 1;
+        visit_format(a.shared_down.type, [&]<class Format>() {
+            total += down_product<Format, Codes>(a.shared_down, r, 1, &first, &one, memory + shared_at, 0, lane);
+        });
+    }
+    total = lanes_sum(total);
+    if (lane != 0) return;
+    float& out = a.out[row * a.out_row + r];
+    out = a.accumulate ? out + total : total;
+}
+
+}  // namespace keel::cuda_kernels
+
+namespace keel::cuda_launch {
+
+cudaError_t route(const route_args& a, cudaStream_t stream) {
+    if (a.experts > 64 * cuda_kernels::warp_size) return cudaErrorInvalidValue;
+    return cuda_kernels::start(cuda_kernels::route_kernel, grid_of(a.rows), cuda_kernels::warp_size, 0, stream, a);
+}
+
+cudaError_t experts(const experts_args& a, cudaStream_t stream) {
+    using namespace cuda_kernels;
+    const bool shared = a.shared_gate.data != nullptr;
+    const int slots = a.k + (shared ? 1 : 0);
+    if (a.k > 32) return cudaErrorInvalidValue;
+    const int units = units_of(a.gate.columns);
+    const int widest = max(a.gate.rows, shared ? a.shared_gate.rows : 0);
+    bool floats = false, codes = false;
+    const auto input = [&](const matrix& m) { (a.quantise && is_integer(m.type) ? codes : floats) = true; };
+    input(a.gate), input(a.up);
+    if (shared) input(a.shared_gate), input(a.shared_up);
+    const int in_bytes = (floats ? staged::value_bytes(units) : 0) + (codes ? staged::code_bytes(units) : 0);
+    const auto up = a.quantise ? expert_up_kernel<true> : expert_up_kernel<false>;
+    const auto e = start(up, grid_of(units_of(widest), slots, a.rows), expert_threads, in_bytes, stream, a,
+                         units_of(widest), floats, codes);
+    if (e != cudaSuccess) return e;
+    const auto slot_bytes = [&](const matrix& m) {
+        const int u = units_of(m.columns);
+        return a.quantise && is_integer(m.type) ? staged::code_bytes(u) : staged::value_bytes(u);
+    };
+    const int bytes = a.k * slot_bytes(a.down) + (shared ? slot_bytes(a.shared_down) : 0);
+    const auto down = a.quantise ? expert_down_kernel<true> : expert_down_kernel<false>;
+    return start(down, grid_of(ceil_div(a.down.rows, expert_threads / warp_size), a.rows), expert_threads, bytes,
+                 stream, a, units_of(widest), slots);
+}
+
+}  // namespace keel::cuda_launch

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: MIT
+//
+// How weights are read: for every layout of launch.hpp, a piece that one lane loads with 16-byte accesses, its values
+// as floats, and its product with activations of 8 bits.
+#pragma once
+
+#include <keel/backend/cuda/device.cuh>
+
+namespace keel::cuda_kernels {
+
+/// Activations in shared memory, one row: as floats (36 places for 32 elements, so that lanes that read neighbouring
+/// units meet no bank conflict), and as codes of 8 bits with a scale per unit of 32 elements.
+struct staged {
+    float* values;
+    signed char* first;   // elements 0 to 15 of every unit
+    signed char* second;  // elements 16 to 31
+    float* scale;
+    int* sums;  // of the codes: elements 0 to 15 in the low half, 16 to 31 in the high half
+
+    __host__ __device__ static constexpr int value_bytes(int units) { return units * 144; }
+    __host__ __device__ static constexpr int code_bytes(int units) { return (units * 40 + 15) / 16 * 16; }
+
+    __device__ staged(unsigned char* memory, int units, bool floats)
+        : values(reinterpret_cast<float*>(memory)),
+          first(reinterpret_cast<signed char*>(memory + (floats ? value_bytes(units) : 0))),
+          second(first + 16 * units),
+          scale(reinterpret_cast<float*>(second + 16 * units)),
+          sums(reinterpret_cast<int*>(scale + units)) {}
+
+    __device__ static int place(int element) { return element + element / 32 * 4; }
+};
+
+__device__ inline int low_sum(int sums) { return static_cast<short>(sums & 0xFFFF); }
+__device__ inline int high_sum(int sums) { return sums >> 16; }
+
+/// Products of the 16 codes in a and in b, each with 16 activations of unit u.
+__device__ inline int2 dot_codes(const unsigned (&a)[4], const unsigned (&b)[4], const staged& x, int u) {
+    const int4 lo = *reinterpret_cast<const int4*>(x.first + 16 * u);
+    const int4 hi = *reinterpret_cast<const int4*>(x.second + 16 * u);
+    int2 sum{0, 0};
+    sum.x = __dp4a(static_cast<int>(a[0]), lo.x, sum.x);
+    sum.y = __dp4a(static_cast<int>(b[0]), hi.x, sum.y);
+    sum.x = __dp4a(static_cast<int>(a[1]), lo.y, sum.x);
+    sum.y = __dp4a(static_cast<int>(b[1]), hi.y, sum.y);
+    sum.x = __dp4a(static_cast<int>(a[2]), lo.z, sum.x);
+    sum.y = __dp4a(static_cast<int>(b[2]), hi.z, sum.y);
+    sum.x = __dp4a(static_cast<int>(a[3]), lo.w, sum.x);
+    sum.y = __dp4a(static_cast<int>(b[3]), hi.w, sum.y);
+    return sum;
+}
+
+/// Code `i` of four words of four signed bytes.
+__device__ inline int code(const unsigned (&words)[4], int i) {
+    return static_cast<signed char>(words[i / 4] >> (i % 4 * 8));
+}
+
+/// A layout. A piece is what a lane takes of a row at a time: `elements` neighbouring elements; row is the record.
+template <launch::layout>
+struct format;
+
+template <>
+struct format<launch::layout::f32> {
+    static constexpr int elements = 4;
+    static constexpr bool integer = false;
+    struct piece {
+        uint4 bits;
+    };
+    __device__ static piece load(const unsigned char* row, int, int p) { return {load_weights16(row + 16 * p)}; }
+    __device__ static void decode(const piece& w, float (&out)[elements]) {
+        out[0] = __uint_as_float(w.bits.x);
+        out[1] = __uint_as_float(w.bits.y);
+        out[2] = __uint_as_float(w.bits.z);
+        out[3] = __uint_as_float(w.bits.w);
+    }
+};
+
+template <>
+struct format<launch::layout::f16> {
+    static constexpr int elements = 8;
+    static constexpr bool integer = false;
+    struct piece {
+        uint4 bits;
+    };
+    __device__ static piece load(const unsigned char* row, int, int p) { return {load_weights16(row + 16 * p)}; }
+    __device__ static void decode(const piece& w, float (&out)[elements]) {
+        const unsigned words[4] = {w.bits.x, w.bits.y, w.bits.z, w.bits.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            out[2 * i] = half_bits(static_cast<unsigned short>(words[i]));
+            out[2 * i + 1] = half_bits(static_cast<unsigned short>(words[i] >> 16));
+        }
+    }
+};
+
+template <>
+struct format<launch::layout::bf16> {
+    static constexpr int elements = 8;
+    static constexpr bool integer = false;
+    struct piece {
+        uint4 bits;
+    };
+    __device__ static piece load(const unsigned char* row, int, int p) { return {load_weights16(row + 16 * p)}; }
+    __device__ static void decode(const piece& w, float (&out)[elements]) {
+        const unsigned words[4] = {w.bits.x, w.bits.y, w.bits.z, w.bits.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            out[2 * i] = __uint_as_float(words[i] << 16);
+            out[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+        }
+    }
+};
+
+/// Two times 16 codes of a signed byte.
+struct byte_codes {
+    uint4 first, second;
+
+    __device__ static byte_codes load(const unsigned char* codes, int u) {
+        return {load_weights16(codes + 32 * u), load_weights16(codes + 32 * u + 16)};
+    }
+    __device__ void unpack(unsigned (&a)[4], unsigned (&b)[4]) const {
+        a[0] = first.x, a[1] = first.y, a[2] = first.z, a[3] = first.w;
+        b[0] = second.x, b[1] = second.y, b[2] = second.z, b[3] = second.w;
+    }
+};
+
+template <>
+struct format<launch::layout::q8_0> {
+    static constexpr int elements = 32;
+    static constexpr bool integer = true;
+    struct piece {
+        byte_codes codes;
+        unsigned short scale;
+    };
+    __device__ static piece load(const unsigned char* row, int units, int u) {
+        return {byte_codes::load(row, u), cuda_kernels::load<unsigned short>(row + 32 * units + 2 * u)};
+    }
+    __device__ static void decode(const piece& w, float (&out)[elements]) {
+        unsigned a[4], b[4];
+        w.codes.unpack(a, b);
+        const float scale = half_bits(w.scale);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            out[i] = scale * static_cast<float>(code(a, i));
+            out[i + 16] = scale * static_cast<float>(code(b, i));
+        }
+    }
+    __device__ static float dot(const piece& w, const staged& x, int u) {
+        unsigned a[4], b[4];
+        w.codes.unpack(a, b);
+        const int2 sum = dot_codes(a, b, x, u);
+        return half_bits(w.scale) * x.scale[u] * static_cast<float>(sum.x + sum.y);
+    }
+};
+
+template <>
+struct format<launch::layout::wide> {
+    static constexpr int elements = 32;
+    static constexpr bool integer = true;
+    struct piece {
+        byte_codes codes;
+        uint4 scales;  // scale, minimum of elements 0 to 15, then of 16 to 31
+    };
+    __device__ static piece load(const unsigned char* row, int units, int u) {
+        return {byte_codes::load(row, u), load_weights16(row + 32 * units + 16 * u)};
+    }
+    __device__ static void decode(const piece& w, float (&out)[elements]) {
+        unsigned a[4], b[4];
+        w.codes.unpack(a, b);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            out[i] = __uint_as_float(w.scales.x) * static_cast<float>(code(a, i)) - __uint_as_float(w.scales.y);
+            out[i + 16] = __uint_as_float(w.scales.z) * static_cast<float>(code(b, i)) - __uint_as_float(w.scales.w);
+        }
+    }
+    __device__ static float dot(const piece& w, const staged& x, int u) {
+        unsigned a[4], b[4];
+        w.codes.unpack(a, b);
+        const int2 sum = dot_codes(a, b, x, u);
+        const int ones = x.sums[u];
+        return x.scale[u] * (__uint_as_float(w.scales.x) * static_cast<float>(sum.x) -
+                             __uint_as_float(w.scales.y) * static_cast<float>(low_sum(ones)) +
+                             __uint_as_float(w.scales.z) * static_cast<float>(sum.y) -
+                             __uint_as_float(w.scales.w) * static_cast<float>(high_sum(ones)));
+    }
+};
+
+/// 16 bytes of nibbles as two times 16 codes.
+__device__ inline void unpack_nibbles(const uint4& codes, unsigned (&a)[4], unsigned (&b)[4]) {
+    const unsigned words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        a[i] = words[i] & 0x0F0F0F0Fu;
+        b[i] = (words[i] >> 4) & 0x0F0F0F0Fu;
+    }
+}
+
+/// Q4_K and Q5_K: codes with a scale and a minimum per unit, both multiplied with factors of 8 units.
+struct scaled_pair {
+    unsigned short scales;  // scale low, minimum high
+    unsigned factors;       // d low, dmin high
+
+    __device__ static scaled_pair load(const unsigned char* scales, int units, int u) {
+        return {cuda_kernels::load<unsigned short>(scales + 2 * u),
+                cuda_kernels::load<unsigned>(scales + 2 * units + u / 8 * 4)};
+    }
+    __device__ float scale() const {
+        return half_bits(static_cast<unsigned short>(factors)) * static_cast<float>(scales & 255);
+    }
+    __device__ float minimum() const {
+        return half_bits(static_cast<unsigned short>(factors >> 16)) * static_cast<float>(scales >> 8);
+    }
+    __device__ void decode(const unsigned (&a)[4], const unsigned (&b)[4], float (&out)[32]) const {
+        const float d = scale(), m = minimum();
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            out[i] = d * static_cast<float>(code(a, i)) - m;
+            out[i + 16] = d * static_cast<float>(code(b, i)) - m;
+        }
+    }
+    __device__ float dot(const unsigned (&a)[4], const unsigned (&b)[4], const staged& x, int u) const {
+        const int2 sum = dot_codes(a, b, x, u);
+        const int ones = x.sums[u];
+        return x.scale[u] * (scale() * static_cast<float>(sum.x + sum.y) -
+                             minimum() * static_cast<float>(low_sum(ones) + high_sum(ones)));
+    }
+};
+
+template <>
+struct format<launch::layout::q4_k> {
+    static constexpr int elements = 32;
+    static constexpr bool integer = true;
+    struct piece {
+        uint4 codes;
+        scaled_pair scales;
+    };
+    __device__ static piece load(const unsigned char* row, int units, int u) {
+        return {load_weights16(row + 16 * u), scaled_pair::load(row + 16 * units, units, u)};
+    }
+    __device__ static void decode(const piece& w, float (&out)[elements]) {
+        unsigned a[4], b[4];
+        unpack_nibbles(w.codes, a, b);
+        w.scales.decode(a, b, out);
+    }
+    __device__ static float dot(const piece& w, const staged& x, int u) {
+        unsigned a[4], b[4];
+        unpack_nibbles(w.codes, a, b);
+        return w.scales.dot(a, b, x, u);
+    }
+};
+
+template <>
+struct format<launch::layout::q5_k> {
+    static constexpr int elements = 32;
+    static constexpr bool integer = true;
+    struct piece {
+        uint4 codes;
+        unsigned high;
+        scaled_pair scales;
+
+        __device__ void unpack(unsigned (&a)[4], unsigned (&b)[4]) const {
+            unpack_nibbles(codes, a, b);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                a[i] |= ((high >> i) & 0x01010101u) << 4;
+                b[i] |= ((high >> (4 + i)) & 0x01010101u) << 4;
+            }
+        }
+    };
+    __device__ static piece load(const unsigned char* row, int units, int u) {
+        return {load_weights16(row + 16 * u), cuda_kernels::load<unsigned>(row + 16 * units + 4 * u),
+                scaled_pair::load(row + 20 * units, units, u)};
+    }
+    __device__ static void decode(const piece& w, float (&out)[elements]) {
+        unsigned a[4], b[4];
+        w.unpack(a, b);
+        w.scales.decode(a, b, out);
+    }
+    __device__ static float dot(const piece& w, const staged& x, int u) {
+        unsigned a[4], b[4];
+        w.unpack(a, b);
+        return w.scales.dot(a, b, x, u);
+    }
+};
+
+template <>
+struct format<launch::layout::q6_k> {
+    static constexpr int elements = 32;
+    static constexpr bool integer = true;
+    struct piece {
+        uint4 codes;
+        uint2 high;
+        unsigned short scales;
+        unsigned short factor;
+
+        __device__ void unpack(unsigned (&a)[4], unsigned (&b)[4]) const {
+            unpack_nibbles(codes, a, b);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const unsigned pairs = (i < 2 ? high.x : high.y) >> (i % 2 * 4);
+                a[i] |= (pairs & 0x03030303u) << 4;
+                b[i] |= (pairs & 0x0C0C0C0Cu) << 2;
+            }
+        }
+        __device__ int scale(int half) const { return static_cast<signed char>(scales >> (8 * half)); }
+    };
+    __device__ static piece load(const unsigned char* row, int units, int u) {
+        return {load_weights16(row + 16 * u), cuda_kernels::load<uint2>(row + 16 * units + 8 * u),
+                cuda_kernels::load<unsigned short>(row + 24 * units + 2 * u),
+                cuda_kernels::load<unsigned short>(row + 26 * units + u / 8 * 2)};
+    }
+    __device__ static void decode(const piece& w, float (&out)[elements]) {
+        unsigned a[4], b[4];
+        w.unpack(a, b);
+        const float d = half_bits(w.factor);
+        const float d0 = d * static_cast<float>(w.scale(0)), d1 = d * static_cast<float>(w.scale(1));
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            out[i] = d0 * static_cast<float>(code(a, i) - 32);
+            out[i + 16] = d1 * static_cast<float>(code(b, i) - 32);
+        }
+    }
+    __device__ static float dot(const piece& w, const staged& x, int u) {
+        unsigned a[4], b[4];
+        w.unpack(a, b);
+        const int2 sum = dot_codes(a, b, x, u);
+        const int ones = x.sums[u];
+        const int total = w.scale(0) * (sum.x - 32 * low_sum(ones)) + w.scale(1) * (sum.y - 32 * high_sum(ones));
+        return half_bits(w.factor) * x.scale[u] * static_cast<float>(total);
+    }
+};
+
+/// Calls f.template operator()<format>() with the format of a layout, for code that is compiled for all of them.
+template <class F>
+__device__ inline void visit_format(launch::layout type, F&& f) {
+    switch (type) {
+        case launch::layout::f32:
+            return f.template operator()<format<launch::layout::f32>>();
+        case launch::layout::f16:
+            return f.template operator()<format<launch::layout::f16>>();
+        case launch::layout::bf16:
+            return f.template operator()<format<launch::layout::bf16>>();
+        case launch::layout::q8_0:
+            return f.template operator()<format<launch::layout::q8_0>>();
+        case launch::layout::q4_k:
+            return f.template operator()<format<launch::layout::q4_k>>();
+        case launch::layout::q5_k:
+            return f.template operator()<format<launch::layout::q5_k>>();
+        case launch::layout::q6_k:
+            return f.template operator()<format<launch::layout::q6_k>>();
+        case launch::layout::wide:
+            return f.template operator()<format<launch::layout::wide>>();
+    }
+}
+
+__host__ __device__ constexpr bool is_integer(launch::layout type) { return type >= launch::layout::q8_0; }
+
+__host__ __device__ constexpr int units_of(int columns) { return ceil_div(columns, 32); }
+
+}  // namespace keel::cuda_kernels
