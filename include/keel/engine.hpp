@@ -32,23 +32,22 @@ struct engine_options {
     int threads = 0;  ///< CPU threads; 0: one per physical core
     int device = 0;   ///< which GPU
     index batch_rows =
-        512;        ///< most tokens that go through the model at once; more is faster in prefill and takes memory
-    progress tell = {};      ///< stage "load", counted in tensors
+        512;             ///< most tokens that go through the model at once; more is faster in prefill and takes memory
+    progress tell = {};  ///< stage "load", counted in tensors
 };
 
-/// The tokenizer's part of a file's metadata.
-inline tokenizer_data read_tokenizer(const gguf& file) {
+/// The tokenizer that a file's metadata describes. Throws errc::format or errc::unsupported, naming the file.
+inline tokenizer read_tokenizer(const gguf& file) {
     tokenizer_data data;
     data.model = file.require_string("tokenizer.ggml.model");
     data.pre = file.require_string("tokenizer.ggml.pre");
-    const auto tokens = file.require_array("tokenizer.ggml.tokens").strings();
-    data.tokens.assign(tokens.begin(), tokens.end());
-    if (const auto types = file.find_array("tokenizer.ggml.token_type")) {
-        for (index i = 0; i < types->size(); ++i) data.types.push_back(static_cast<std::int32_t>(types->int_at(i)));
+    data.tokens = file.require_array("tokenizer.ggml.tokens").strings();
+    std::vector<std::int32_t> types;
+    if (const auto stored = file.find_array("tokenizer.ggml.token_type")) {
+        for (index i = 0; i < stored->size(); ++i) types.push_back(static_cast<std::int32_t>(stored->int_at(i)));
     }
-    if (const auto merges = file.find_array("tokenizer.ggml.merges")) {
-        data.merges.assign(merges->strings().begin(), merges->strings().end());
-    }
+    data.types = types;
+    if (const auto merges = file.find_array("tokenizer.ggml.merges")) data.merges = merges->strings();
     data.bos = file.find_int("tokenizer.ggml.bos_token_id");
     data.eos = file.find_int("tokenizer.ggml.eos_token_id");
     data.eot = file.find_int("tokenizer.ggml.eot_token_id");
@@ -57,7 +56,11 @@ inline tokenizer_data read_tokenizer(const gguf& file) {
     data.unknown = file.find_int("tokenizer.ggml.unknown_token_id");
     data.add_bos = file.find_bool("tokenizer.ggml.add_bos_token").value_or(false);
     data.chat_template = file.find_string("tokenizer.chat_template").value_or("");
-    return data;
+    try {
+        return tokenizer(data);
+    } catch (const error& e) {
+        throw error(e.code(), file.path().string(), e.what());
+    }
 }
 
 /// A loaded model. Immutable: threads may share it, and so may any number of sessions. A handle: copies refer to the
@@ -77,7 +80,7 @@ public:
         if (options.batch_rows < 1) throw error(errc::argument, "batch_rows", "must be at least 1");
         const backend_options chosen{options.precision, options.threads, options.device};
         config shape = read_config(file_);
-        tokenizer text(read_tokenizer(file_));
+        tokenizer text = read_tokenizer(file_);
         auto device = std::make_shared<typename B::device>(chosen);
         B loader(device, 0);
         auto loaded = load_weights(loader, file_, shape, options.tell);

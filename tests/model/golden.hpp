@@ -26,7 +26,6 @@
 
 namespace keel::golden {
 
-
 inline const std::string folder = KEEL_TEST_DATA "/golden/";
 
 inline nlohmann::json read_json(const std::string& path) {
