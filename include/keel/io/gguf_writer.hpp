@@ -110,9 +110,7 @@ public:
     /// Announces a tensor: extents with ne0, the contiguous one, first. Types that keel cannot compute with are fine.
     void declare(std::string_view name, const dtype_info& type, std::span<const index> dims) {
         require_unstarted(name);
-        if (name.empty() || name.size() > detail::gguf_limits::tensor_name_bytes || name.find('\0') != name.npos) {
-            throw error(errc::argument, name, "is no name for a tensor; 1 to 63 bytes are needed, none of them NUL");
-        }
+        require_name("the name of a tensor", name, detail::gguf_limits::tensor_name_bytes);
         const auto refuse = [&](std::string_view what) { throw error(errc::argument, name, what); };
         const index bytes = detail::tensor_bytes(type, dims, refuse);
         if (tensors_.size() == detail::gguf_limits::tensors) refuse("is one tensor more than a file may have");
@@ -189,12 +187,16 @@ private:
         if (started_) throw error(errc::argument, name, "comes too late: the header is written");
     }
 
+    void require_name(std::string_view what, std::string_view name, std::uint64_t most) const {
+        if (!name.empty() && name.size() <= most && name.find('\0') == name.npos) return;
+        throw error(errc::argument, target_.string(),
+                    std::string(what) + " must have 1 to " + std::to_string(most) + " bytes, none of them NUL");
+    }
+
     void put(std::string_view key, gguf_type type, std::span<const std::byte> raw) {
         require_unstarted(key);
         const auto refuse = [&](std::string_view what) { throw error(errc::argument, key, what); };
-        if (key.empty() || key.size() > detail::gguf_limits::key_bytes || key.find('\0') != key.npos) {
-            refuse("is no key; 1 to 65535 bytes are needed, none of them NUL");
-        }
+        require_name("a key", key, detail::gguf_limits::key_bytes);
         if (key.starts_with(split_prefix)) refuse("is set by the writer itself");
         if (key == alignment_key) {
             std::uint32_t n = 0;

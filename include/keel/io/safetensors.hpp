@@ -126,6 +126,7 @@ private:
     }
 
     safetensors_tensor tensor(const std::string& name, const json& entry, int shard) const {
+        if (name.empty() || name.find('\0') != name.npos) fail("has a tensor whose name is empty or holds a NUL");
         safetensors_tensor t{name, nullptr, {}, {}, shard};
         const auto dtype = entry.require("dtype").as_string();
         const auto* row = std::ranges::find(safetensors_dtype_table, dtype, &safetensors_dtype_info::name);
