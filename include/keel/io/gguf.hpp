@@ -19,6 +19,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include <keel/core/error.hpp>
@@ -49,7 +50,12 @@ public:
     /// Opens a file, or the whole set if `path` is the first file of one.
     /// Throws errc::file for files that are missing or cannot be mapped, errc::format for damaged ones,
     /// errc::unsupported for versions and tensor types outside of GGUF, errc::argument for a later file of a set.
-    static gguf open(const std::filesystem::path& path) { return gguf(path); }
+    static gguf open(const std::filesystem::path& path) { return gguf(mapped_file(path)); }
+
+    /// Reads a single file that is in memory already (see mapped_file), named `name` in messages.
+    static gguf from_memory(std::string name, std::span<const std::byte> bytes) {
+        return gguf(mapped_file(std::move(name), bytes));
+    }
 
     /// What keeps the mapping alive. Hold a copy next to views that shall outlive the gguf.
     [[nodiscard]] std::shared_ptr<const void> storage() const noexcept { return contents_; }
@@ -128,8 +134,8 @@ private:
         std::vector<tensor_info> tensors;
         name_index<tensor_info, &tensor_info::name> by_name;
 
-        const detail::gguf_file& add(const std::filesystem::path& path) {
-            auto& file = files.emplace_back(path);
+        const detail::gguf_file& add(mapped_file mapping) {
+            auto& file = files.emplace_back(std::move(mapping));
             detail::gguf_reader(file, static_cast<int>(files.size()) - 1).read();
             tensors.insert(tensors.end(), file.tensors.begin(), file.tensors.end());
             file.tensors = {};
@@ -137,10 +143,10 @@ private:
         }
     };
 
-    explicit gguf(const std::filesystem::path& path) {
+    explicit gguf(mapped_file mapping) {
         const auto made = std::make_shared<contents>();
         contents_ = made;
-        made->add(path);
+        made->add(std::move(mapping));
         if (find_uint("split.count").value_or(1) > 1) add_others(*made);
         made->by_name = decltype(made->by_name)(made->tensors);
         if (const auto* twice = made->by_name.duplicate(made->tensors)) {
@@ -175,7 +181,7 @@ private:
         }
         for (std::uint64_t i = 1; i < count; ++i) {
             const auto before = set.tensors.size();
-            const auto& file = set.add(sibling(i));
+            const auto& file = set.add(mapped_file(sibling(i)));
             const auto expect = [&](std::string_view key, std::uint64_t expected) {
                 const auto* value = file.find(key);
                 if (value == nullptr) file.fail("key " + std::string(key) + " is missing");

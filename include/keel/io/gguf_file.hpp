@@ -92,7 +92,7 @@ index tensor_bytes(const dtype_info& type, std::span<const index> dims, Fail&& f
 struct gguf_file {
     using value_index = name_index<gguf_value, &gguf_value::key>;
 
-    explicit gguf_file(const std::filesystem::path& path) : mapping(path), name(path.string()) {}
+    explicit gguf_file(mapped_file file) : mapping(std::move(file)), name(mapping.path().string()) {}
     gguf_file(const gguf_file&) = delete;
     gguf_file& operator=(const gguf_file&) = delete;
 

@@ -117,27 +117,34 @@ public:
     /// Throws errc::file, naming the path, for what is missing, unreadable, empty or not a regular file.
     explicit mapped_file(const std::filesystem::path& path) : path_(path), bytes_(detail::map_file(path)) {}
 
+    /// A file that is in memory already, such as one linked into the program. The bytes belong to the caller, outlive the
+    /// object and start at a multiple of 64; `name` stands for the path in messages.
+    mapped_file(std::string name, std::span<const std::byte> bytes)
+        : path_(std::move(name)), bytes_(bytes), mapped_(false) {}
+
     mapped_file(mapped_file&& other) noexcept
-        : path_(std::move(other.path_)), bytes_(std::exchange(other.bytes_, {})) {}
+        : path_(std::move(other.path_)), bytes_(std::exchange(other.bytes_, {})), mapped_(other.mapped_) {}
     mapped_file& operator=(mapped_file&& other) noexcept {
         std::swap(path_, other.path_);
         std::swap(bytes_, other.bytes_);
+        std::swap(mapped_, other.mapped_);
         return *this;
     }
     ~mapped_file() {
-        if (!bytes_.empty()) detail::unmap_file(bytes_);
+        if (mapped_ && !bytes_.empty()) detail::unmap_file(bytes_);
     }
 
     [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return bytes_; }
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
 
     void advise(access_hint hint) const noexcept {
-        if (!bytes_.empty()) detail::advise_mapping(bytes_, hint);
+        if (mapped_ && !bytes_.empty()) detail::advise_mapping(bytes_, hint);
     }
 
 private:
     std::filesystem::path path_;
     std::span<const std::byte> bytes_;
+    bool mapped_ = true;
 };
 
 }  // namespace keel::inline KEEL_ABI
