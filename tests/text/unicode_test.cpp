@@ -58,8 +58,9 @@ TEST_CASE("properties of code points that are easily taken for something else") 
     CHECK_FALSE(properties_of(U'〆').han());
     CHECK(properties_of(0x1C5).upper());  // Dž, a title-case letter
     CHECK(properties_of(0xA0).white_space());
-    for (const char32_t c : {0x1C, 0x180E, 0x200B, 0x2060, 0xFEFF}) CHECK_FALSE(properties_of(c).white_space());
-    for (const char32_t c : {0x378, 0xFFFD, 0xE000, 0x10FFFF}) CHECK(properties_of(c).bits == 0);
+    for (const char32_t c : {U'\x1C', U'\u180E', U'\u200B', U'\u2060', U'\uFEFF'})
+        CHECK_FALSE(properties_of(c).white_space());
+    for (const char32_t c : {U'\u0378', U'\uFFFD', U'\uE000', U'\U0010FFFF'}) CHECK(properties_of(c).bits == 0);
 }
 
 TEST_CASE("every code point survives encoding and decoding, except surrogates") {

@@ -96,14 +96,17 @@ class token_index {
 public:
     explicit token_index(std::size_t most_tokens) : slots_(std::bit_ceil(most_tokens + most_tokens / 2 + 1)) {}
 
-    /// Enters a token under its own text, unless one with the same text is there. Answers which one is there then.
+    /// Enters a token under its own text unless one with that text is there; answers the one that is there now.
     token insert(token id, const token_texts& texts) {
-        slot& place = slots_[find_slot(texts[id], texts)];
-        if (place.id == no_token) place = {tag_of(hash_of(texts[id])), id};
+        const std::uint64_t hash = hash_of(texts[id]);
+        slot& place = slots_[find_slot(texts[id], hash, texts)];
+        if (place.id == no_token) place = {tag_of(hash), id};
         return place.id;
     }
 
-    token find(std::string_view text, const token_texts& texts) const { return slots_[find_slot(text, texts)].id; }
+    token find(std::string_view text, const token_texts& texts) const {
+        return slots_[find_slot(text, hash_of(text), texts)].id;
+    }
 
 private:
     struct slot {
@@ -114,8 +117,7 @@ private:
     static std::uint32_t tag_of(std::uint64_t hash) { return static_cast<std::uint32_t>(hash >> 32); }
 
     /// The slot that holds the text, or the free one where it belongs.
-    std::size_t find_slot(std::string_view text, const token_texts& texts) const {
-        const std::uint64_t hash = hash_of(text);
+    std::size_t find_slot(std::string_view text, std::uint64_t hash, const token_texts& texts) const {
         const std::size_t mask = slots_.size() - 1;
         for (std::size_t i = hash & mask;; i = (i + 1) & mask) {
             const slot& candidate = slots_[i];

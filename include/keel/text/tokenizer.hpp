@@ -65,17 +65,31 @@ public:
 
     const std::vector<token>& ids() const { return ids_; }
 
-    /// The longest of them that the text holds at `start`, or no_token.
-    token longest_at(std::size_t start, std::string_view text, const token_texts& texts) const {
-        if (!begins_[static_cast<unsigned char>(text[start])]) return no_token;
+    struct occurrence {
+        std::size_t start;
+        token id = no_token;
+    };
+
+    /// The first occurrence that begins at `from` or later, and of those that begin there the longest.
+    occurrence find_first(std::string_view text, std::size_t from, const token_texts& texts) const {
+        for (std::size_t i = from; i < text.size(); ++i) {
+            if (!begins_[static_cast<unsigned char>(text[i])]) continue;
+            const token longest = longest_prefix(text.substr(i), texts);
+            if (longest != no_token) return {i, longest};
+        }
+        return {text.size()};
+    }
+
+    /// The longest token that the text begins with, or no_token.
+    token longest_prefix(std::string_view text, const token_texts& texts) const {
         token longest = no_token;
-        auto first = ids_.begin();
+        auto first = ids_.begin();  // the range of those that agree with the text in the first `depth` bytes
         auto last = ids_.end();
         for (std::size_t depth = 0; first != last; ++depth) {
             if (texts[*first].size() == depth) longest = *first++;
-            if (start + depth == text.size()) break;
+            if (depth == text.size()) break;
             const auto byte_at_depth = [&](token id) { return static_cast<unsigned char>(texts[id][depth]); };
-            const auto wanted = static_cast<unsigned char>(text[start + depth]);
+            const auto wanted = static_cast<unsigned char>(text[depth]);
             first = std::ranges::lower_bound(first, last, wanted, {}, byte_at_depth);
             last = std::ranges::upper_bound(first, last, wanted, {}, byte_at_depth);
         }
@@ -98,7 +112,8 @@ public:
 
     /// The tokens of a text; any bytes will do, and decode() gives them back. No bos is put in front. Control tokens
     /// are recognised only if `parse_special`: leave it off for what a user has typed. Of special tokens that overlap
-    /// in the text the leftmost wins, and of those that begin at the same byte the longest.
+    /// in the text the leftmost wins, and of those that begin at the same byte the longest. Time is n log n in the
+    /// longest piece and linear in the rest. Throws errc::capacity for a piece of 4 GiB.
     [[nodiscard]] std::vector<token> encode(std::string_view text, bool parse_special = false) const;
 
     /// What a token stands for: any part of a UTF-8 text, not only whole characters. Nothing for control tokens, or,
@@ -322,18 +337,14 @@ inline std::vector<token> tokenizer::encode(std::string_view text, bool parse_sp
     std::vector<token> out;
     detail::pair_merger merger;
     const detail::special_tokens& special = parse_special ? special_ : user_defined_;
-    std::size_t begin = 0;  // of the text since the last special token
-    for (std::size_t i = 0; i < text.size();) {
-        const token found = special.longest_at(i, text, texts_);
-        if (found < 0) {
-            ++i;
-            continue;
-        }
-        encode_plain(text.substr(begin, i - begin), merger, out);
-        out.push_back(found);
-        begin = i += texts_[found].size();
+    std::size_t begin = 0;
+    while (begin < text.size()) {
+        const auto found = special.find_first(text, begin, texts_);
+        encode_plain(text.substr(begin, found.start - begin), merger, out);
+        if (found.id == detail::no_token) break;
+        out.push_back(found.id);
+        begin = found.start + texts_[found.id].size();
     }
-    encode_plain(text.substr(begin), merger, out);
     return out;
 }
 
@@ -369,9 +380,8 @@ inline std::string tokenizer::decode(std::span<const token> ids, bool render_spe
 }
 
 inline std::optional<token> tokenizer::find(std::string_view name) const {
-    if (name.empty()) return std::nullopt;
-    const token found = special_.longest_at(0, name, texts_);
-    if (found < 0 || texts_[found].size() != name.size()) return std::nullopt;
+    const token found = special_.longest_prefix(name, texts_);
+    if (found == detail::no_token || texts_[found] != name) return std::nullopt;
     return found;
 }
 
