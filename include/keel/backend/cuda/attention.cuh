@@ -63,14 +63,14 @@ struct split_range {
 inline constexpr int attend_tile = 16, attend_heads = 16, attend_threads = 256, attend_most_rank = 512;
 
 /// Grid: (splits, rows, groups of 16 heads).
-__global__ void __launch_bounds__(attend_threads) latent_attend_kernel(
-    const __grid_constant__ launch::latent_attend_args a) {
+__global__ void __launch_bounds__(attend_threads)
+    latent_attend_kernel(const __grid_constant__ launch::latent_attend_args a) {
     extern __shared__ __align__(16) unsigned char memory[];
     wait_for_previous();
     const int width = a.layout.latent_width, pitch = width + 1;
-    float* q = reinterpret_cast<float*>(memory);        // (16 heads, pitch)
-    float* cache = q + attend_heads * pitch;            // (16 positions, pitch)
-    float* weights = cache + attend_tile * pitch;       // (16 heads, 16 positions)
+    float* q = reinterpret_cast<float*>(memory);            // (16 heads, pitch)
+    float* cache = q + attend_heads * pitch;                // (16 positions, pitch)
+    float* weights = cache + attend_tile * pitch;           // (16 heads, 16 positions)
     float* rescale = weights + attend_heads * attend_tile;  // (16 heads)
 
     const int r = a.first_row + blockIdx.y;
@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(attend_threads) latent_attend_kernel(
         const int count = min(attend_tile, range.count - from);
         __syncthreads();
         for (int t = threadIdx.x / warp_size; t < attend_tile; t += attend_threads / warp_size) {
-            const unsigned char* row =
-                t < count ? latent_row(a.layout, s, a.layer, range.first + from + t) : nullptr;
+            const unsigned char* row = t < count ? latent_row(a.layout, s, a.layer, range.first + from + t) : nullptr;
             for (int c = threadIdx.x % warp_size; c < width; c += warp_size) {
                 cache[t * pitch + c] = t < count ? latent_value(a.layout, row, c) : 0.0f;
             }
@@ -176,8 +175,7 @@ cudaError_t latent_attend(const latent_attend_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
     if (a.rank > attend_most_rank) return cudaErrorInvalidValue;
     const int pitch = a.layout.latent_width + 1;
-    const int bytes =
-        4 * ((attend_heads + attend_tile) * pitch + attend_heads * attend_tile + attend_heads);
+    const int bytes = 4 * ((attend_heads + attend_tile) * pitch + attend_heads * attend_tile + attend_heads);
     const auto e = start(latent_attend_kernel, grid_of(a.splits, a.row_count, ceil_div(a.heads, attend_heads)),
                          attend_threads, bytes, stream, a);
     return e != cudaSuccess ? e : start(latent_join_kernel, grid_of(a.heads, a.row_count), 128, 0, stream, a);

@@ -88,8 +88,9 @@ __device__ inline const unsigned char* record(const launch::matrix& m, int which
 
 /// silu(W_gate x) * W_up x. A block makes a unit of 32 elements of one slot. Grid: (units, slots, rows).
 template <bool Codes>
-__global__ void __launch_bounds__(expert_threads, 4) expert_up_kernel(
-    const __grid_constant__ launch::experts_args a, const int widest_units, const bool floats, const bool codes) {
+__global__ void __launch_bounds__(expert_threads, 4)
+    expert_up_kernel(const __grid_constant__ launch::experts_args a, const int widest_units, const bool floats,
+                     const bool codes) {
     extern __shared__ __align__(16) unsigned char memory[];
     __shared__ float made[32];
     const int row = blockIdx.z, unit = blockIdx.x;
@@ -174,8 +175,7 @@ __device__ inline float down_product(const launch::matrix& down, int row, int sl
 #pragma unroll
         for (int i = 0; i < ahead; ++i) {
             if (i >= taken) continue;
-            const staged x(const_cast<unsigned char*>(memory) + of[i] * slot_bytes, units,
-                           !(Codes && Format::integer));
+            const staged x(const_cast<unsigned char*>(memory) + of[i] * slot_bytes, units, !(Codes && Format::integer));
             float sum[1] = {};
             add_products<Format, Codes>(w[i], piece[i], x, 0, sum);
             total += weight[of[i]] * sum[0];
@@ -184,10 +184,11 @@ __device__ inline float down_product(const launch::matrix& down, int row, int sl
     return total;
 }
 
-/// out = or += the weighted sum over the slots of W_down hidden. A warp per element of the output. Grid: (blocks, rows).
+/// out = or += the weighted sum over the slots of W_down hidden. A warp per element of the output. Grid: (blocks,
+/// rows).
 template <bool Codes>
-__global__ void __launch_bounds__(expert_threads, 4) expert_down_kernel(
-    const __grid_constant__ launch::experts_args a, const int widest_units, const int slots) {
+__global__ void __launch_bounds__(expert_threads, 4)
+    expert_down_kernel(const __grid_constant__ launch::experts_args a, const int widest_units, const int slots) {
     extern __shared__ __align__(16) unsigned char memory[];
     __shared__ int which[32];
     __shared__ float weight[32];

@@ -125,11 +125,16 @@ cudaError_t kda_step(const kda_args& a, cudaStream_t stream) {
         return start(kda_step_kernel<D>, grid_of(D / 32, a.layout.heads, a.segment_count), 256, 0, stream, a);
     };
     switch (a.layout.head_dim) {
-        case 32: return with.template operator()<32>();
-        case 64: return with.template operator()<64>();
-        case 128: return with.template operator()<128>();
-        case 256: return with.template operator()<256>();
-        default: return cudaErrorInvalidValue;
+        case 32:
+            return with.template operator()<32>();
+        case 64:
+            return with.template operator()<64>();
+        case 128:
+            return with.template operator()<128>();
+        case 256:
+            return with.template operator()<256>();
+        default:
+            return cudaErrorInvalidValue;
     }
 }
 

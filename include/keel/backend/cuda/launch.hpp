@@ -28,6 +28,9 @@
 
 namespace keel::cuda_launch {
 
+/// An error if the program holds no kernels for the current device.
+cudaError_t probe();
+
 enum class layout : int { f32, f16, bf16, q8_0, q4_k, q5_k, q6_k, wide };
 
 /// `count` matrices of `rows` records, y = W x.
@@ -209,9 +212,11 @@ struct route_args {
 };
 cudaError_t route(const route_args&, cudaStream_t);
 
+inline constexpr int hidden_unit_bytes = 144;
+
 /// A gated feed-forward network: k chosen of `gate.count` networks per row (`chosen` null: network 0 with weight 1),
 /// and one more, `shared`, for every row if shared_gate.data is not null. `hidden` takes the activations between the
-/// two kernels: rows * slots * (width of the wider network, rounded up to 32) * 4 bytes.
+/// two kernels: rows * slots * units of the wider network * hidden_unit_bytes.
 struct experts_args {
     const float* x;
     long long x_row;

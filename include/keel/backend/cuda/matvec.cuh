@@ -105,8 +105,7 @@ __global__ void __launch_bounds__(matvec_threads, N > 4 ? 2 : 4)
     matvec_kernel(const __grid_constant__ launch::matvec_args a, const bool floats, const bool codes) {
     extern __shared__ __align__(16) unsigned char memory[];
     const int units = units_of(a.columns);
-    const int distance =
-        (floats ? staged::value_bytes(units) : 0) + (codes ? staged::code_bytes(units) : 0);
+    const int distance = (floats ? staged::value_bytes(units) : 0) + (codes ? staged::code_bytes(units) : 0);
     const int first = blockIdx.y * N;
     const int count = min(N, a.rows - first);
     wait_for_previous();
@@ -143,8 +142,8 @@ __global__ void __launch_bounds__(matvec_threads, N > 4 ? 2 : 4)
         const int groups = ceil_div(product.weight.rows, rows_at_once);
         for (; group < before + groups; group += gridDim.x * blockDim.x / warp_size) {
             const int r = (group - before) * rows_at_once + threadIdx.x % warp_size / Lanes;
-            const long long record = static_cast<long long>(blockIdx.z) * product.weight.rows +
-                                     min(r, product.weight.rows - 1);
+            const long long record =
+                static_cast<long long>(blockIdx.z) * product.weight.rows + min(r, product.weight.rows - 1);
             const unsigned char* row = product.weight.data + record * product.weight.row_bytes;
             float sum[N] = {};
             visit_format(product.weight.type, [&]<class Format>() {

@@ -246,6 +246,11 @@ __global__ void pad_kernel(const __grid_constant__ launch::repack_args a) {
 
 namespace keel::cuda_launch {
 
+cudaError_t probe() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, cuda_kernels::pad_kernel<unsigned>);
+}
+
 cudaError_t repack(const repack_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
     constexpr int threads = 256;

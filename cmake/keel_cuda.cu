@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: MIT
+//
+// The one source file of keel::cuda.
+#include <keel/backend/cuda/kernels.cuh>

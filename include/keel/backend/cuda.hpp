@@ -1,0 +1,386 @@
+// SPDX-License-Identifier: MIT
+//
+// The backend of one NVIDIA GPU, compute capability 8.0 or later. Compiled by the host compiler, with nothing of CUDA
+// but cuda_runtime_api.h; a program that uses it links keel::cuda, which holds the kernels.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <cuda_runtime_api.h>
+
+#include <keel/backend/batch.hpp>
+#include <keel/backend/concept.hpp>
+#include <keel/backend/cuda/launch.hpp>
+#include <keel/backend/cuda/launch_prefill.hpp>
+#include <keel/backend/cuda/memory.hpp>
+#include <keel/backend/cuda/passes.hpp>
+#include <keel/backend/cuda/upload.hpp>
+#include <keel/core/arena.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/error.hpp>
+#include <keel/core/quant.hpp>
+#include <keel/core/view.hpp>
+
+namespace keel::inline KEEL_ABI {
+
+/// A small weight on the device, f32.
+struct cuda_vector {
+    std::shared_ptr<const cuda_buffer> memory;
+    index size = 0;
+
+    operator view<const float, 1>() const {
+        return {memory == nullptr ? nullptr : reinterpret_cast<const float*>(memory->data()), size};
+    }
+};
+
+/// The whole model on a GPU. Weights stay quantised. With precision::fast, products of quantised weights take
+/// activations of 8 bits; everything else is f32 with either precision.
+class cuda {
+public:
+    using device = cuda_device;
+    using buffer = cuda_buffer;
+    using matrix = cuda_matrix;
+    using vector = cuda_vector;
+
+    /// Throws errc::capacity if the device has no room for the workspace.
+    cuda(std::shared_ptr<device> shared, index workspace_bytes)
+        : device_(std::move(shared)),
+          memory_(device_, workspace_bytes),
+          workspace_(memory_.data(), memory_.size()),
+          table_(device_),
+          recordings_(device_) {}
+
+    // Memory.
+    [[nodiscard]] buffer allocate(index bytes) const { return {device_, bytes}; }
+    void upload(std::byte* to, const std::byte* from, index bytes) const {
+        copy(to, from, bytes, cudaMemcpyHostToDevice);
+    }
+    void download(std::byte* to, const std::byte* from, index bytes) const {
+        copy(to, from, bytes, cudaMemcpyDeviceToHost);
+    }
+    [[nodiscard]] arena& workspace() { return workspace_; }
+
+    /// Activations between the two kernels of a feed-forward network, and partial results of split attention.
+    static index scratch_bytes(const workspace_limits& l, const backend_options&) {
+        const index width = std::max((l.chosen + 1) * l.expert_ff, l.columns);
+        const index hidden = l.rows * ((width + 31) / 32 + l.chosen + 1) * cuda_launch::hidden_unit_bytes;
+        const index partial = partial_floats(l.heads, l.latent_rank) * static_cast<index>(sizeof(float));
+        const index absorbed = 2 * l.rows * l.heads * l.latent_rank * static_cast<index>(sizeof(float));
+        return hidden + partial + absorbed + 16 * arena::alignment;
+    }
+
+    // Weights.
+    [[nodiscard]] matrix bind(const matrix_view& source, const std::shared_ptr<const void>&) {
+        const detail::device_guard here(device_->ordinal());
+        if (!uploader_) uploader_.emplace(device_);
+        return uploader_->upload(source);
+    }
+    [[nodiscard]] vector bind(const std::vector<float>& values) {
+        const auto bytes = static_cast<index>(values.size() * sizeof(float));
+        auto memory = std::make_shared<cuda_buffer>(device_, bytes);
+        upload(memory->data(), reinterpret_cast<const std::byte*>(values.data()), bytes);
+        return {std::move(memory), static_cast<index>(values.size())};
+    }
+
+    [[nodiscard]] index prefill_from() const { return std::numeric_limits<index>::max(); }
+
+    /// Runs pass(), a function of `b` that enqueues operations and returns where their results lie. The batch is
+    /// uploaded once; if it only decodes, the kernels are recorded, and replayed for the next batch of the same shape.
+    /// So a pass may depend on nothing but the shape of the batch and what is in device memory.
+    template <class Pass>
+    auto graph(const batch& b, Pass&& pass) {
+        const detail::device_guard here(device_->ordinal());
+        if (!table_.upload(b)) recordings_.clear();
+        struct done {
+            cuda_batch_table& table;
+            ~done() { table.forget(); }
+        } const at_the_end{table_};
+        return recordings_.run(b, pass);
+    }
+
+    // Operations.
+    void embed(const embed_args<matrix>& a) {
+        call("embed", cuda_launch::embed({a.table.on_device, table_.tokens(a.tokens), a.out.data, a.out.stride[0],
+                                          number(a.out.extent[0])},
+                                         stream()));
+    }
+
+    void rms_norm(const rms_norm_args& a) {
+        call("rms_norm", cuda_launch::rms_norm({a.x.data, a.weight.data, a.out.data, a.x.stride[0], a.out.stride[0],
+                                                number(a.x.extent[0]), number(a.x.extent[1]), a.epsilon},
+                                               stream()));
+    }
+
+    void matmul(view<const float, 2> x, std::initializer_list<linear<matrix>> products) {
+        multiply(input(x), products);
+    }
+
+    /// rms_norm and then matmul, in one kernel.
+    void norm_matmul(view<const float, 2> x, view<const float, 1> norm, float epsilon,
+                     std::initializer_list<linear<matrix>> products) {
+        cuda_launch::matvec_args a = input(x);
+        a.before = cuda_launch::prologue::rms_norm;
+        a.norm = norm.data;
+        a.epsilon = epsilon;
+        multiply(a, products);
+    }
+
+    void matmul_heads(const matmul_heads_args<matrix>& a) {
+        cuda_launch::matvec_args to{};
+        to.x = a.x.data;
+        to.x_row = a.x.stride[0];
+        to.x_head = a.x.stride[1];
+        to.rows = number(a.x.extent[0]);
+        to.columns = number(a.x.extent[2]);
+        to.heads = number(a.x.extent[1]);
+        to.quantise = quantise();
+        to.products = 1;
+        to.list[0] = {a.weight.on_device, a.out.data, a.out.stride[0], a.out.stride[1], 0};
+        call("matmul_heads", cuda_launch::matvec(to, stream()));
+    }
+
+    void short_conv(const short_conv_args& a) {
+        call("short_conv", cuda_launch::short_conv({a.x.data, a.x.stride[0], a.taps.data, table_.segments(a.segments),
+                                                    number(std::ssize(a.segments)), a.which, number(a.layer),
+                                                    number(a.x.extent[1]), plain(a.layout)},
+                                                   stream()));
+    }
+
+    void l2_norm(const l2_norm_args& a) {
+        call("l2_norm", cuda_launch::l2_norm({a.x.data, a.x.stride[0], a.x.stride[1], number(a.x.extent[0]),
+                                              number(a.x.extent[1]), number(a.x.extent[2]), a.epsilon},
+                                             stream()));
+    }
+
+    void kda_gates(const kda_gates_args& a) {
+        call("kda_gates",
+             cuda_launch::kda_gates({a.log_decay.data, a.beta.data, a.a.data, a.dt_bias.data, a.log_decay.stride[0],
+                                     a.log_decay.stride[1], a.beta.stride[0], number(a.log_decay.extent[0]),
+                                     number(a.log_decay.extent[1]), number(a.log_decay.extent[2])},
+                                    stream()));
+    }
+
+    void kda_step(const kda_args& a) {
+        const auto& g = a.log_decay;
+        call("kda_step", cuda_launch::kda_step({a.q.data,
+                                                a.k.data,
+                                                a.v.data,
+                                                g.data,
+                                                a.beta.data,
+                                                a.q.stride[0],
+                                                a.q.stride[1],
+                                                a.k.stride[0],
+                                                a.k.stride[1],
+                                                a.v.stride[0],
+                                                a.v.stride[1],
+                                                g.stride[0],
+                                                g.stride[1],
+                                                a.beta.stride[0],
+                                                a.out.data,
+                                                a.out.stride[0],
+                                                a.out.stride[1],
+                                                table_.segments(a.segments),
+                                                number(std::ssize(a.segments)),
+                                                number(a.layer),
+                                                plain(a.layout)},
+                                               stream()));
+    }
+
+    void kda_chunk(const kda_args& a) { kda_step(a); }
+
+    void gated_norm(const gated_norm_args& a) {
+        call("gated_norm", cuda_launch::gated_norm({a.x.data, a.weight.data, a.gate.data, a.x.stride[0], a.x.stride[1],
+                                                    a.gate.stride[0], a.gate.stride[1], number(a.x.extent[0]),
+                                                    number(a.x.extent[1]), number(a.x.extent[2]), a.epsilon},
+                                                   stream()));
+    }
+
+    void latent_append(const latent_append_args& a) {
+        call("latent_append",
+             cuda_launch::latent_append({a.rows.data, a.rows.stride[0], a.weight.data, table_.segments(a.segments),
+                                         number(std::ssize(a.segments)), number(rows_of(a.segments).count),
+                                         number(a.weight.extent[0]), number(a.layer), a.epsilon, plain(a.layout)},
+                                        stream()));
+    }
+
+    void latent_attend(const latent_attend_args& a) {
+        const arena::scope scope(workspace());
+        const index heads = a.q_latent.extent[1], rank = a.q_latent.extent[2];
+        const auto [first, count] = rows_of(a.segments);
+        const auto partial = workspace().take<float>(partial_floats(heads, rank));
+        // With `exact`, how the cache is split does not depend on what else is in the batch.
+        const index at_once = attend_blocks / exact_splits;
+        const index step = device_->precision() == precision::exact ? at_once : attend_blocks;
+        for (index r = 0; r < count; r += step) {
+            const index rows = std::min(step, count - r);
+            const index splits = device_->precision() == precision::exact ? exact_splits : attend_blocks / rows;
+            call("latent_attend", cuda_launch::latent_attend({a.q_latent.data,
+                                                              a.q_position.data,
+                                                              a.q_latent.stride[0],
+                                                              a.q_latent.stride[1],
+                                                              a.q_position.stride[0],
+                                                              a.q_position.stride[1],
+                                                              a.out.data,
+                                                              a.out.stride[0],
+                                                              a.out.stride[1],
+                                                              a.scale,
+                                                              number(heads),
+                                                              number(rank),
+                                                              number(a.layer),
+                                                              table_.segments(a.segments),
+                                                              number(std::ssize(a.segments)),
+                                                              number(first + r),
+                                                              number(rows),
+                                                              partial.data,
+                                                              number(splits),
+                                                              plain(a.layout)},
+                                                             stream()));
+        }
+    }
+
+    /// The absorbed form.
+    void expanded_attend(const expanded_attend_args<matrix>& a) {
+        const arena::scope scope(workspace());
+        const index heads = a.q.extent[1], own = a.key_up.on_device.columns, rank = a.key_up.on_device.rows;
+        const auto [first, count] = rows_of(a.segments);
+        const auto q_latent = workspace().take<float>(a.q.extent[0], heads, rank);
+        const auto mixed = workspace().take<float>(a.q.extent[0], heads, rank);
+        matmul_heads({a.key_up, a.q.columns(0, own).rows(first, count), q_latent.rows(first, count)});
+        latent_attend({q_latent, a.q.columns(own, a.q.extent[2] - own), a.scale, a.layer, a.segments, a.layout, mixed});
+        matmul_heads({a.value_up, mixed.rows(first, count), a.out.rows(first, count)});
+    }
+
+    void swiglu(const swiglu_args<matrix>& a) {
+        cuda_launch::experts_args to{};
+        to.k = 1;
+        feed_forward(to, a.x, a.gate, a.up, a.down, a.out, a.accumulate);
+    }
+
+    void route(const route_args& a) {
+        call("route", cuda_launch::route({a.logits.data, a.logits.stride[0], a.bias.data, a.chosen.data, a.weights.data,
+                                          a.chosen.stride[0], a.weights.stride[0], number(a.logits.extent[0]),
+                                          number(a.logits.extent[1]), number(a.chosen.extent[1]), a.scale},
+                                         stream()));
+    }
+
+    void experts(const experts_args<matrix>& a) {
+        cuda_launch::experts_args to{};
+        to.chosen = a.chosen.data;
+        to.weights = a.weights.data;
+        to.chosen_row = a.chosen.stride[0];
+        to.weights_row = a.weights.stride[0];
+        to.k = number(a.chosen.extent[1]);
+        feed_forward(to, a.x, a.gate, a.up, a.down, a.out, false);
+    }
+
+    void add(const add_args& a) {
+        call("add", cuda_launch::add({a.x.data, a.y.data, a.x.stride[0], a.y.stride[0], number(a.x.extent[0]),
+                                      number(a.x.extent[1])},
+                                     stream()));
+    }
+
+    void gather(const gather_args& a) {
+        call("gather", cuda_launch::gather({a.x.data, a.x.stride[0], table_.wanted(a.rows), a.out.data, a.out.stride[0],
+                                            number(a.out.extent[0]), number(a.x.extent[1])},
+                                           stream()));
+    }
+
+private:
+    /// Blocks of a split attention: about two for each multiprocessor of a large GPU and group of 32 heads.
+    static constexpr index attend_blocks = 256;
+    static constexpr index exact_splits = 8;
+
+    /// (rows, splits, heads, rank + 2), of which rows * splits are at most attend_blocks.
+    static index partial_floats(index heads, index rank) { return attend_blocks * heads * (rank + 2); }
+
+    static int number(index n) {
+        if (n > std::numeric_limits<int>::max())
+            throw error(errc::capacity, "batch", "too large for the GPU's kernels");
+        return static_cast<int>(n);
+    }
+
+    static cuda_launch::memory plain(const memory_layout& l) {
+        return {number(l.heads),      number(l.head_dim),     number(l.taps),
+                number(l.mla_layers), number(l.latent_width), l.cache == dtype::f16 ? 1 : 0,
+                l.layer_floats()};
+    }
+
+    /// Where operations go, for the calling thread as well: kernels start on its current device.
+    [[nodiscard]] cudaStream_t stream() const {
+        detail::check(cudaSetDevice(device_->ordinal()), "GPU");
+        return recordings_.stream();
+    }
+    [[nodiscard]] int quantise() const { return device_->precision() == precision::fast ? 1 : 0; }
+
+    static void call(std::string_view operation, cudaError_t result) {
+        if (result == cudaErrorInvalidValue) {
+            cudaGetLastError();
+            throw error(errc::unsupported, operation, "the GPU's kernels do not serve these shapes");
+        }
+        detail::check(result, operation);
+    }
+
+    void copy(std::byte* to, const std::byte* from, index bytes, cudaMemcpyKind kind) const {
+        if (bytes == 0) return;
+        const detail::device_guard here(device_->ordinal());
+        detail::check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), kind, device_->stream()), "GPU");
+        detail::check(cudaStreamSynchronize(device_->stream()), "GPU");
+    }
+
+    [[nodiscard]] cuda_launch::matvec_args input(view<const float, 2> x) const {
+        cuda_launch::matvec_args a{};
+        a.x = x.data;
+        a.x_row = x.stride[0];
+        a.rows = number(x.extent[0]);
+        a.columns = number(x.extent[1]);
+        a.heads = 1;
+        a.quantise = quantise();
+        return a;
+    }
+
+    void multiply(cuda_launch::matvec_args a, std::initializer_list<linear<matrix>> products) {
+        for (auto p = products.begin(); p != products.end();) {
+            for (a.products = 0; p != products.end() && a.products < cuda_launch::matvec_args::most; ++p) {
+                a.list[a.products++] = {p->weight.on_device, p->out.data, p->out.stride[0], 0, p->accumulate ? 1 : 0};
+            }
+            call("matmul", cuda_launch::matvec(a, stream()));
+        }
+    }
+
+    void feed_forward(cuda_launch::experts_args a, view<const float, 2> x, const matrix& gate, const matrix& up,
+                      const matrix& down, view<float, 2> out, bool accumulate) {
+        const arena::scope scope(workspace());
+        a.x = x.data;
+        a.x_row = x.stride[0];
+        a.rows = number(x.extent[0]);
+        a.gate = gate.on_device;
+        a.up = up.on_device;
+        a.down = down.on_device;
+        a.out = out.data;
+        a.out_row = out.stride[0];
+        a.accumulate = accumulate ? 1 : 0;
+        a.quantise = quantise();
+        const index units = (gate.on_device.rows + 31) / 32;
+        a.hidden = workspace().take<float>(a.rows * a.k * units * (cuda_launch::hidden_unit_bytes / 4)).data;
+        call("experts", cuda_launch::experts(a, stream()));
+    }
+
+    std::shared_ptr<device> device_;
+    buffer memory_;
+    arena workspace_;
+    cuda_batch_table table_;
+    cuda_recordings recordings_;
+    std::optional<cuda_uploader> uploader_;
+};
+
+static_assert(backend<cuda>);
+
+}  // namespace keel::inline KEEL_ABI
