@@ -50,6 +50,7 @@ struct workspace_limits {
     index expert_ff = 0;     ///< width of an expert
     index heads = 0;         ///< H
     index head_dim = 0;      ///< D
+    index taps = 0;          ///< of the convolution: kernel - 1
     index latent_width = 0;  ///< R + P
     index latent_rank = 0;   ///< R
     index mla_key = 0;       ///< N + P

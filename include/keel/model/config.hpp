@@ -78,6 +78,7 @@ struct config {
             .expert_ff = expert_ff,
             .heads = heads,
             .head_dim = head_dim,
+            .taps = conv_kernel - 1,
             .latent_width = latent_width(),
             .latent_rank = latent_rank,
             .mla_key = own_dim + position_dim,
