@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: MIT
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -275,6 +279,24 @@ TEST_CASE("views outlive the gguf that handed them out") {
     }
     CHECK(text_of(data) == std::string(34, 'q'));
     CHECK(words[2] == "three");
+}
+
+TEST_CASE("a file that is in memory already is read like any other") {
+    const auto bytes = gguf_bytes{}.build();
+    alignas(64) std::byte memory[1024];
+    REQUIRE(bytes.size() < sizeof memory);
+    std::memcpy(memory, bytes.data(), bytes.size());
+    const std::span<const std::byte> whole(memory, bytes.size());
+
+    const auto g = gguf::from_memory("built-in model", whole);
+    g.advise(access_hint::soon);
+    CHECK(g.require("second.weight").data.data() == memory + gguf_bytes{}.data_start() + 32);
+    CHECK(text_of(g.require("second.weight").data) == std::string(34, 'q'));
+    expect_error(errc::format, {"built-in model: key a is missing"}, [&] { (void)g.require_uint("a"); });
+    expect_error(errc::format, {"built-in model"}, [&] { (void)gguf::from_memory("built-in model", whole.first(80)); });
+    expect_error(errc::format, {"built-in model"}, [&] { (void)gguf::from_memory("built-in model", {}); });
+    expect_error(errc::argument, {"built-in model", "multiple of 64"},
+                 [&] { (void)gguf::from_memory("built-in model", whole.subspan(8)); });
 }
 
 TEST_CASE("what is not a GGUF file is refused") {

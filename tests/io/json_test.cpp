@@ -154,8 +154,9 @@ TEST_CASE("bad strings are refused with their position") {
     expect_refused("\"\\u12", 3, "hexadecimal");
     expect_refused("\"\\u12G4\"", 3, "hexadecimal");
     expect_refused("\"\\u-123\"", 3, "hexadecimal");
-    for (const std::string_view text : {"\"\\uD800\"", "\"\\uDC00\"", "\"\\uD800x\"", "\"\\uD800\\n\"",
-                                        "\"\\uD800\\uD800\"", "\"\\uD800\\u0041\"", "\"\\uDFFF\\uD800\""}) {
+    for (const std::string_view text :
+         {"\"\\uD800\"", "\"\\uDC00\"", "\"\\uD800x\"", "\"\\uD800\\n\"", "\"\\uD800\\uD800\"", "\"\\uD800\\u0041\"",
+          "\"\\uDFFF\\uD800\"", "\"\\uDC00\\uDC00\""}) {
         CAPTURE(text);
         expect_error(errc::format, {"surrogate"}, [&] { (void)parse(text); });
     }

@@ -3,9 +3,11 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <span>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <utility>
 
@@ -117,10 +119,15 @@ public:
     /// Throws errc::file, naming the path, for what is missing, unreadable, empty or not a regular file.
     explicit mapped_file(const std::filesystem::path& path) : path_(path), bytes_(detail::map_file(path)) {}
 
-    /// A file that is in memory already, such as one linked into the program. The bytes belong to the caller, outlive the
-    /// object and start at a multiple of 64; `name` stands for the path in messages.
+    /// A file that is in memory already, such as one linked into the program. The bytes belong to the caller and
+    /// outlive the object; `name` stands for the path in messages. Throws errc::argument unless they start at a
+    /// multiple of 64.
     mapped_file(std::string name, std::span<const std::byte> bytes)
-        : path_(std::move(name)), bytes_(bytes), mapped_(false) {}
+        : path_(std::move(name)), bytes_(bytes), mapped_(false) {
+        if (reinterpret_cast<std::uintptr_t>(bytes.data()) % 64 != 0) {
+            throw error(errc::argument, path_.string(), "must begin at a multiple of 64 in memory");
+        }
+    }
 
     mapped_file(mapped_file&& other) noexcept
         : path_(std::move(other.path_)), bytes_(std::exchange(other.bytes_, {})), mapped_(other.mapped_) {}
