@@ -5,6 +5,12 @@
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/include/*.hpp)
 add_library(keel_headers OBJECT EXCLUDE_FROM_ALL)
 target_link_libraries(keel_headers PRIVATE keel_own)
+find_package(CUDAToolkit QUIET)
+if(CUDAToolkit_FOUND)
+    target_include_directories(keel_headers SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+else()
+    list(FILTER headers EXCLUDE REGEX "^keel/backend/cuda")
+endif()
 target_compile_options(keel_headers PRIVATE $<$<NOT:$<BOOL:${MSVC}>>:-O0>)
 set(device_source)
 foreach(header IN LISTS headers)
@@ -15,16 +21,16 @@ foreach(header IN LISTS headers)
         string(APPEND device_source "#include <${header}>\n")
     endif()
 endforeach()
-add_test(NAME headers/alone COMMAND ${CMAKE_COMMAND} --build ${PROJECT_BINARY_DIR} --target keel_headers)
+cmake_host_system_information(RESULT cores QUERY NUMBER_OF_LOGICAL_CORES)
+add_test(NAME headers/alone
+         COMMAND ${CMAKE_COMMAND} --build ${PROJECT_BINARY_DIR} --target keel_headers --parallel ${cores})
 set_tests_properties(headers/alone PROPERTIES RUN_SERIAL ON)
 
 # core/ is also what device code is written in. This needs nvcc, but no GPU and no CUDA in this build.
-find_program(KEEL_NVCC nvcc PATHS $ENV{CUDA_PATH}/bin /usr/local/cuda/bin)
-mark_as_advanced(KEEL_NVCC)
-if(KEEL_NVCC)
+if(CUDAToolkit_NVCC_EXECUTABLE)
     file(CONFIGURE OUTPUT headers/core.cu CONTENT "${device_source}")
     add_test(NAME headers/core_in_cuda
-             COMMAND ${KEEL_NVCC} -std=c++20 -arch=sm_80 -Werror all-warnings -ccbin ${CMAKE_CXX_COMPILER}
+             COMMAND ${CUDAToolkit_NVCC_EXECUTABLE} -std=c++20 -arch=sm_80 -Werror all-warnings -ccbin ${CMAKE_CXX_COMPILER}
                      -I ${PROJECT_SOURCE_DIR}/include -c headers/core.cu -o headers/core.cu.o
              WORKING_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR})
 endif()
