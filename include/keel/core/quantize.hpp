@@ -36,7 +36,7 @@ void encode_scaled(const tile<32>& t, const sweep& positions, const float* from,
     }
 }
 
-/// The same for a scale and a minimum.
+/// The same for a scale and a minimum. Who brings importance gets the longer search.
 template <int high, class F>
 void encode_affine(tile<32>& t, const sweep& positions, const float* from, index blocks, F&& f) {
     lanes low;  // taken away first: a large common offset would drown the differences
@@ -47,7 +47,7 @@ void encode_affine(tile<32>& t, const sweep& positions, const float* from, index
     for (auto& x : t.x) {
         for (int l = 0; l < lane_count; ++l) x[l] -= low[l];
     }
-    const affine fit = fit_affine<high, false>(t, positions, false);
+    const affine fit = fit_affine<high, false>(t, positions, t.weighted);
     for (int b = 0; b < blocks; ++b) {
         const f16 d = to_scale(fit.scale[b] * t.unit[b]), m = to_scale((fit.minimum[b] + low[b]) * t.unit[b]);
         std::uint8_t codes[32];
@@ -67,7 +67,7 @@ inline std::uint32_t fifth_bits(const std::uint8_t* codes) {
 }
 
 inline void encode(const tile<32>& t, const float* from, block_q8_0* to, index blocks) {
-    encode_scaled<integers<-127, 127>>(t, {120.0f, 127.0f, 8}, from, blocks, [&](int b, f16 d, const auto& codes) {
+    encode_scaled<integers<-127, 127>>(t, {123.0f, 127.0f, 5}, from, blocks, [&](int b, f16 d, const auto& codes) {
         to[b].d.set(d);
         for (int i = 0; i < 32; ++i) to[b].qs[i] = static_cast<std::int8_t>(codes[i] - 127);
     });
@@ -176,6 +176,7 @@ void encode_blocks(const float* from, Block* to, index blocks, const float* impo
     constexpr int N = group_size<Block>;
     constexpr index blocks_per_tile = lane_count * N / Block::elements;
     tile<N> t;
+    t.weighted = importance != nullptr;
     double mean = 0.0;
     if (importance) {
         const index columns = blocks * Block::elements;

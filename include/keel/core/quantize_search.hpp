@@ -42,6 +42,7 @@ template <int N>
 struct tile {
     float x[N][lane_count];  ///< in [-1, 1]
     float w[N][lane_count];  ///< importance, positive
+    bool weighted = false;   ///< w is not 1 everywhere
     lanes unit;              ///< the largest magnitude of the block that the group is part of; NaN if one is not finite
 };
 
