@@ -67,6 +67,7 @@ TEST_CASE("written bytes can be rewritten") {
     expect_error(errc::argument, {"out.bin"}, [&] { out.write_at(0, bytes_of("late")); });
     out.commit();
     CHECK(read_file(path) == "01AB456789xyZ");
+    expect_error(errc::argument, {"out.bin", "committed already"}, [&] { out.commit(); });
 }
 
 TEST_CASE("an existing file is kept unless told otherwise") {
@@ -153,7 +154,9 @@ TEST_CASE("a disk that takes no more bytes is an error that names the path") {
             out.write(bytes_of(std::string(1001, 'x')));
             expect_error(errc::file, {"out.bin", "cannot be written"}, [&] { out.commit(); });
         }
-        CHECK_FALSE(std::filesystem::exists(folder / "out.bin"));
+        CHECK(folder.files() == 0);
+        expect_error(errc::argument, {"out.bin", "failed before"}, [&] { out.commit(); });
+        expect_error(errc::argument, {"out.bin"}, [&] { out.write(bytes_of("more")); });
     }
     CHECK(folder.files() == 0);
 }

@@ -71,7 +71,7 @@ public:
             temporary_ += ".partial" + std::to_string(attempt);
             file_.reset(detail::create_new(temporary_));
             if (file_ == nullptr && (errno != EEXIST || attempt == most_attempts)) {
-                temporary_.clear();
+                temporary_.clear();  // not ours to remove
                 refuse("cannot be created");
             }
         }
@@ -82,11 +82,7 @@ public:
         output_file(std::move(other)).swap(*this);
         return *this;
     }
-    ~output_file() {
-        file_.reset();
-        std::error_code ignored;
-        if (!temporary_.empty()) std::filesystem::remove(temporary_, ignored);
-    }
+    ~output_file() { discard(); }
 
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return target_; }
 
@@ -112,6 +108,7 @@ public:
     /// Writes everything through to the disk and closes the temporary; commit() then only renames. For sets of files
     /// that shall appear together.
     void finish() {
+        if (temporary_.empty()) throw error(errc::argument, target_.string(), "is committed already, or failed before");
         if (file_ == nullptr) return;
         if (std::fflush(file_.get()) != 0 || detail::sync_to_disk(file_.get()) != 0) refuse("cannot be written");
         if (std::fclose(file_.release()) != 0) refuse("cannot be written");
@@ -130,19 +127,32 @@ public:
 private:
     static constexpr int most_attempts = 100;
 
-    [[noreturn]] void refuse(std::string_view what) const {
+    /// Gives the file up: after a failed write nothing may commit what is left of it.
+    [[noreturn]] void refuse(std::string_view what) {
         const std::error_code reason(errno, std::generic_category());
+        discard();
         throw error(errc::file, target_.string(), std::string(what).append(": ").append(reason.message()));
     }
 
+    void discard() noexcept {
+        file_.reset();
+        std::error_code ignored;
+        if (!temporary_.empty()) std::filesystem::remove(temporary_, ignored);
+        temporary_.clear();
+    }
+
+    void require_open() const {
+        if (file_ == nullptr) throw error(errc::argument, target_.string(), "is closed and cannot be written");
+    }
+
     void put(std::span<const std::byte> bytes) {
+        require_open();
         if (bytes.empty()) return;
-        if (file_ == nullptr) throw error(errc::argument, target_.string(), "is finished and cannot be written");
         if (std::fwrite(bytes.data(), 1, bytes.size(), file_.get()) != bytes.size()) refuse("cannot be written");
     }
 
     void seek(index position) {
-        if (file_ == nullptr) throw error(errc::argument, target_.string(), "is finished and cannot be written");
+        require_open();
         if (detail::seek_to(file_.get(), position) != 0) refuse("cannot be written");
     }
 
