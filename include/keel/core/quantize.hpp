@@ -112,8 +112,8 @@ inline void encode(tile<32>& t, const float* from, block_q5_1* to, index blocks)
     });
 }
 
-/// The scale of MXFP4 is a power of two: either the smallest that reaches the largest element, or one of the two below,
-/// which clip it.
+/// The scale of MXFP4 is a power of two: one of those that take the largest element to [4, 8), [8, 16) or [16, 32) on a
+/// grid that ends at 12.
 inline void encode(const tile<32>& t, const float* from, block_mxfp4* to, index blocks) {
     const auto power_of_two = [](int e) { return std::bit_cast<float>(static_cast<std::uint32_t>(e + 127) << 23); };
     lanes_of<int> exponent;  // of the largest element
@@ -188,7 +188,7 @@ void encode_blocks(const float* from, Block* to, index blocks, const float* impo
         const index present = std::min(blocks_per_tile, blocks - b), column = b * Block::elements;
         load(t, from + column, Block::elements, present);
         if (importance) {
-            const float inverse_mean = mean > 0.0 ? static_cast<float>(1.0 / mean) : 0.0f;
+            const float inverse_mean = mean > 1e-30 ? static_cast<float>(1.0 / mean) : 0.0f;
             load_importance(t, importance + column, inverse_mean, present * Block::elements);
         }
         encode(t, from + column, to + b, present);
@@ -213,10 +213,11 @@ inline void encode_blocks(const float* from, block_bf16* to, index n, const floa
 /// `importance`, if given, holds one non-negative, finite weight per column: how much an error there counts.
 /// Without it rows that follow each other may be encoded as one.
 ///
-/// Never throws and depends on nothing but its arguments. A block (32 or 256 elements) with a NaN or an infinity
-/// decodes to NaN in all its elements, in MXFP4, which has no NaN, to huge values; other blocks are not affected.
-/// Scales that f16 cannot hold saturate, and blocks whose scale would be less than the smallest f16 become zeros.
-/// F16 and BF16 round to nearest even; beyond the largest f16 that gives infinity.
+/// The result depends on nothing but the arguments (and, in the choice between nearly equal scales, on whether the
+/// compiler may use fma). Throws only for a type that is none, like visit_blocks. A block (32 or 256 elements) with a
+/// NaN or an infinity decodes to NaN in all its elements, in MXFP4, which has no NaN, to huge values; other blocks are
+/// not affected. Scales that f16 cannot hold saturate, and blocks whose scale would be less than the smallest f16
+/// become zeros. F16 and BF16 round to nearest even; beyond the largest f16 that gives infinity.
 inline void encode_row(dtype type, const float* from, std::byte* to, index columns, const float* importance = nullptr) {
     visit_blocks(type, [&]<class Block>() {
         detail::encode_blocks(from, reinterpret_cast<Block*>(to), columns / Block::elements, importance);
