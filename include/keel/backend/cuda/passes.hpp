@@ -94,6 +94,7 @@ private:
     /// Index of `part` in the uploaded `whole`; uploads `alone` if it lies elsewhere.
     template <class T>
     std::ptrdiff_t locate(std::span<const T> part, std::span<const T> whole, const batch& alone) {
+        if (part.empty()) return 0;
         const T* const end = whole.data() + whole.size();
         if (!whole.empty() && part.data() >= whole.data() && part.data() + part.size() <= end) {
             return part.data() - whole.data();
