@@ -63,6 +63,16 @@ inline tokenizer read_tokenizer(const gguf& file) {
     }
 }
 
+/// The context that a session of a model gets. Throws errc::argument for one that the model was not trained for.
+inline index context_of(const config& c, const session_options& options) {
+    if (options.context < 0 || options.context > c.context) {
+        throw error(errc::argument, "context",
+                    std::to_string(options.context) + " tokens, but the model is made for at most " +
+                        std::to_string(c.context));
+    }
+    return options.context > 0 ? options.context : std::min<index>(c.context, 8192);
+}
+
 /// A loaded model. Immutable: threads may share it, and so may any number of sessions. A handle: copies refer to the
 /// same model, which lives as long as any engine or session of it.
 template <backend B>
@@ -90,13 +100,7 @@ public:
 
     /// An empty session. Throws errc::argument for a context that the model was not trained for.
     [[nodiscard]] basic_session<B> start(const session_options& options = {}) const {
-        const index trained = shape().context;
-        if (options.context < 0 || options.context > trained) {
-            throw error(errc::argument, "context",
-                        std::to_string(options.context) + " tokens, but the model is made for at most " +
-                            std::to_string(trained));
-        }
-        return {model_, options.context > 0 ? options.context : std::min<index>(trained, 8192)};
+        return {model_, context_of(shape(), options)};
     }
 
     /// Text to tokens. Control tokens in the text are recognised only if `special`: leave it off for what a user has
@@ -108,6 +112,18 @@ public:
     /// The bytes that a token stands for; a character may be spread over several tokens (see text_stream).
     [[nodiscard]] std::string_view text(token t) const { return vocabulary().bytes(t); }
     [[nodiscard]] std::string text(std::span<const token> tokens) const { return vocabulary().decode(tokens); }
+
+    /// What a session needs, exactly, and what the weights take.
+    [[nodiscard]] memory_plan plan(const session_options& options = {}) const {
+        return make_plan<B>(shape(), model_->run.options(), weight_bytes(file_), model_->run.batch_rows(),
+                            context_of(shape(), options));
+    }
+
+    /// Bytes that a token at this position has to read or write, at least: the weights that it uses, the state twice,
+    /// the cache.
+    [[nodiscard]] index bytes_per_token(index position) const {
+        return keel::bytes_per_token(file_, shape(), model_->run.layout(), position);
+    }
 
     [[nodiscard]] const tokenizer& vocabulary() const { return model_->text; }
     [[nodiscard]] const config& shape() const { return model_->run.shape(); }

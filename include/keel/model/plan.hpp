@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <initializer_list>
 #include <memory>
+#include <string_view>
 #include <vector>
 
 #include <keel/backend/batch.hpp>
@@ -15,6 +16,7 @@
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/view.hpp>
+#include <keel/io/gguf.hpp>
 #include <keel/model/config.hpp>
 #include <keel/model/forward.hpp>
 #include <keel/model/weights.hpp>
@@ -100,6 +102,30 @@ index workspace_bytes(const config& c, const backend_options& options, index row
     const auto logits = counter.workspace().take<float>(std::min(rows, logits_rows), c.vocabulary);
     project_logits(counter, nothing, hidden, logits);
     return counter.workspace().peak() + B::scratch_bytes(c.limits(rows, context), options);
+}
+
+/// Bytes of a file's tensors.
+inline index weight_bytes(const gguf& file) {
+    index bytes = 0;
+    for (const tensor_info& t : file.tensors()) bytes += static_cast<index>(t.data.size());
+    return bytes;
+}
+
+/// Bytes that a single token at `position` has to read or write, at least: of the weights those that it uses (one row
+/// of the embedding, the chosen experts), the recurrent state twice, the rows of the latent cache.
+inline index bytes_per_token(const gguf& file, const config& c, const memory_layout& layout, index position) {
+    index bytes = 2 * layout.recurrent_bytes() + position * layout.mla_layers * layout.latent_row_bytes();
+    for (const tensor_info& t : file.tensors()) {
+        const index all = static_cast<index>(t.data.size());
+        if (t.name == "token_embd.weight") {
+            bytes += all / c.vocabulary;
+        } else if (t.name.find("_exps.") != std::string_view::npos) {
+            bytes += all / c.experts * c.chosen;
+        } else {
+            bytes += all;
+        }
+    }
+    return bytes;
 }
 
 /// The plan for a file whose tensors take `weight_bytes`.

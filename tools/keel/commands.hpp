@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT
+//
+// The subcommands of keel: what the command line says, and one function each. They print their result on standard
+// output and throw std::exception for whatever goes wrong.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "model.hpp"
+
+namespace tool {
+
+/// Common to all that run a model.
+struct run_options {
+    model_options model;
+    std::int64_t context = 0;  ///< 0: the engine's default
+};
+
+struct generate_options {
+    run_options run;
+    std::string prompt, file;
+    std::vector<std::int32_t> ids;
+    int tokens = 256;
+    sampling sample;
+    bool json = false;
+};
+void generate(const generate_options& options);
+
+struct chat_options {
+    run_options run;
+    std::string system = "You are a helpful assistant provided by Moonshot-AI.";
+    sampling sample;
+};
+void chat(const chat_options& options);
+
+struct eval_options {
+    run_options run;
+    std::vector<std::int32_t> ids;
+    std::string file;
+    std::int64_t split = 0;  ///< tokens fed at a time; 0: all at once
+    std::string logits;      ///< where the last row goes
+};
+void eval(const eval_options& options);
+
+struct tokenize_options {
+    std::string model, file;
+    bool pieces = false, special = false;
+};
+void tokenize(const tokenize_options& options);
+
+struct detokenize_options {
+    std::string model;
+};
+void detokenize(const detokenize_options& options);
+
+struct inspect_options {
+    std::string model;
+    std::int64_t context = 0;
+    bool json = false;
+};
+void inspect(const inspect_options& options);
+
+}  // namespace tool
