@@ -3,8 +3,11 @@
 // Times of the kernels for many rows, with the shapes of Kimi-Linear-48B-A3B.
 //
 //   nvcc -std=c++20 -O3 -Iinclude -Itests/cuda -gencode arch=compute_90a,code=sm_90a bench/cuda/prefill_bench.cu
+#include <keel/backend/cuda/feed_forward.cuh>
+#include <keel/backend/cuda/gemm.cuh>
 #include <keel/backend/cuda/kda_chunk.cuh>
 
+#include "device_matrix.cuh"
 #include "device_memory.cuh"
 
 namespace launch = keel::cuda_launch;
@@ -28,13 +31,13 @@ void bench_kda(int sequences, int tokens, int side_by_side) {
     const device_array<float> state(std::vector<float>(static_cast<std::size_t>(sequences) * state_size));
     std::vector<launch::segment> segments;
     for (int s = 0; s < sequences; ++s) {
-        segments.push_back({0, reinterpret_cast<unsigned char*>(state.data() + s * state_size), nullptr, s * tokens,
-                            tokens});
+        segments.push_back(
+            {0, reinterpret_cast<unsigned char*>(state.data() + s * state_size), nullptr, s * tokens, tokens});
     }
     const device_array<launch::segment> on_device(segments);
     const device_array<unsigned char> workspace(launch::kda_chunk_bytes(sequences, heads, dim, side_by_side));
     const long long row = heads * dim;
-    launch::kda_chunk_args args{{q.data(), row, dim},     {k.data(), row, dim},     {v.data(), row, dim},
+    launch::kda_chunk_args args{{q.data(), row, dim},     {k.data(), row, dim},    {v.data(), row, dim},
                                 {decay.data(), row, dim}, {beta.data(), heads, 1}, {out.data(), row, dim}};
     args.segments = on_device.data(), args.segment_count = sequences, args.longest = tokens;
     args.layout.heads = heads, args.layout.head_dim = dim;
@@ -51,9 +54,93 @@ void bench_kda(int sequences, int tokens, int side_by_side) {
                 side_by_side, all, chunks, prepare);
 }
 
+/// One expert's blocks, or a few rows', repeated: random enough to multiply with, quick to make.
+device_matrix weights(keel::dtype type, int count, int rows, int columns, random_source& random) {
+    const auto one = random_blocks(type, rows, columns, random);
+    device_matrix m = upload_matrix(type, 1, rows, columns, one);
+    if (count == 1) return m;
+    device_matrix all{m.matrix, device_array<unsigned char>(m.records.size() * static_cast<std::size_t>(count))};
+    for (int i = 0; i < count; ++i) {
+        check(cudaMemcpy(all.records.data() + static_cast<std::size_t>(i) * m.records.size(), m.records.data(),
+                         m.records.size(), cudaMemcpyDeviceToDevice),
+              "copy");
+    }
+    all.matrix.data = all.records.data(), all.matrix.count = count;
+    return all;
+}
+
+void bench_products(const char* name, int n, int columns, std::vector<int> sizes, keel::dtype type) {
+    random_source random{3};
+    const device_array<float> x(random.normals(static_cast<std::size_t>(n) * static_cast<std::size_t>(columns)));
+    const device_array<unsigned char> workspace(launch::products_bytes(n, columns));
+    launch::products_args args{x.data(), columns, n, columns};
+    std::vector<device_matrix> matrices;
+    std::vector<device_array<float>> outs;
+    double work = 0;
+    for (const int rows : sizes) {
+        matrices.push_back(weights(type, 1, rows, columns, random));
+        outs.emplace_back(static_cast<std::size_t>(n) * static_cast<std::size_t>(rows));
+        args.list[args.count++] = {matrices.back().matrix, outs.back().data(), rows, 0, 0};
+        work += 2.0 * n * columns * rows;
+    }
+    args.workspace = workspace.data();
+    const double ms = milliseconds([&] { check(launch::products(args, nullptr), "products"); });
+    const double converting = milliseconds([&] {
+        check(launch::detail::prepare_rows(x.data(), columns, n, columns,
+                                           launch::detail::prepared(args.workspace, n, columns), nullptr),
+              "prepare_rows");
+    });
+    std::printf("products   %-20s %-5s n=%5d: %.4f ms, %.0f TFLOP/s (converting %.4f ms)\n", name,
+                std::string(keel::info(type).name).c_str(), n, ms, work / ms * 1e-9, converting);
+}
+
+void bench_feed_forward(int n, int k, int experts, int width, keel::dtype type, keel::dtype down_type) {
+    constexpr int hidden = 2304;
+    random_source random{4};
+    const int count = std::max(experts, 1);
+    const auto gate = weights(type, count, width, hidden, random), up = weights(type, count, width, hidden, random);
+    const auto down = weights(down_type, count, hidden, width, random);
+    const device_array<float> x(random.normals(static_cast<std::size_t>(n) * hidden));
+    std::vector<int> chosen;
+    for (int i = 0; experts > 0 && i < n; ++i) {
+        for (int slot = 0; slot < k; ++slot) {
+            int e = 0;
+            do {
+                e = static_cast<int>(random.bits() % static_cast<std::uint64_t>(experts));
+            } while (std::find(chosen.end() - slot, chosen.end(), e) != chosen.end());
+            chosen.push_back(e);
+        }
+    }
+    const device_array<int> chosen_device(chosen);
+    const device_array<float> weights_device(std::vector<float>(chosen.size(), 0.3f)), out(x.size());
+    const device_array<unsigned char> workspace(launch::feed_forward_bytes(n, k, experts, hidden, width));
+    launch::feed_forward_args args{x.data(), hidden, n};
+    if (experts > 0) args.chosen = chosen_device.data(), args.weights = weights_device.data();
+    args.chosen_row = args.weights_row = args.k = k;
+    args.gate = gate.matrix, args.up = up.matrix, args.down = down.matrix;
+    args.out = out.data(), args.out_row = hidden, args.workspace = workspace.data();
+    const double ms = milliseconds([&] { check(launch::feed_forward(args, nullptr), "feed_forward"); });
+    std::printf("feed_forward n=%5d k=%d X=%3d width=%d %s %s: %.4f ms, %.0f TFLOP/s\n", n, k, experts, width,
+                std::string(keel::info(type).name).c_str(), std::string(keel::info(down_type).name).c_str(), ms,
+                6.0 * n * k * hidden * width / ms * 1e-9);
+}
+
 }  // namespace
 
 int main() {
+    using keel::dtype;
+    for (const int n : {2048, 8192}) {
+        bench_products("kda q k v", n, 2304, {4096, 4096, 4096}, dtype::q4_k);
+        bench_products("kda out", n, 4096, {2304}, dtype::q4_k);
+        bench_products("kda out", n, 4096, {2304}, dtype::q6_k);
+        bench_products("router", n, 2304, {256}, dtype::f32);
+        bench_products("gate up", n, 128, {4096}, dtype::q8_0);
+        bench_products("low rank", n, 2304, {128, 128, 32}, dtype::q4_k);
+        bench_feed_forward(n, 8, 256, 1024, dtype::q4_k, dtype::q4_k);
+        bench_feed_forward(n, 8, 256, 1024, dtype::q4_k, dtype::q6_k);
+        bench_feed_forward(n, 1, 0, 1024, dtype::q4_k, dtype::q6_k);
+        bench_feed_forward(n, 1, 0, 9216, dtype::q4_k, dtype::q6_k);
+    }
     bench_kda(1, 2048, 2048);
     bench_kda(1, 2048, 512);
     bench_kda(1, 8192, 8192);

@@ -56,9 +56,7 @@ struct random_source {
         return z ^ z >> 31;
     }
     float uniform() { return static_cast<float>(bits() >> 40) * 0x1p-24f; }
-    float normal() {
-        return std::sqrt(-2.0f * std::log(1.0f - uniform())) * std::cos(6.2831853f * uniform());
-    }
+    float normal() { return std::sqrt(-2.0f * std::log(1.0f - uniform())) * std::cos(6.2831853f * uniform()); }
     std::vector<float> normals(std::size_t n, float scale = 1) {
         std::vector<float> v(n);
         for (float& x : v) x = scale * normal();

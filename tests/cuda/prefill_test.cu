@@ -6,8 +6,11 @@
 //   nvcc -std=c++20 -O3 -Iinclude -gencode arch=compute_90a,code=sm_90a tests/cuda/prefill_test.cu -o prefill_test
 #include <string>
 
+#include <keel/backend/cuda/feed_forward.cuh>
+#include <keel/backend/cuda/gemm.cuh>
 #include <keel/backend/cuda/kda_chunk.cuh>
 
+#include "device_matrix.cuh"
 #include "device_memory.cuh"
 
 namespace launch = keel::cuda_launch;
@@ -57,41 +60,42 @@ void test_kda(std::vector<int> lengths, int heads, int dim, float steep, int sid
     const std::size_t state_size = static_cast<std::size_t>(heads * dim * dim);
 
     std::vector<double> expected(p.v.size()), expected_states(states.begin(), states.end());
-    if (compare) parallel(static_cast<int>(lengths.size()) * heads, [&](int job) {
-        const int s = job / heads, h = job % heads;
-        int first = 0;
-        for (int i = 0; i < s; ++i) first += lengths[static_cast<std::size_t>(i)];
-        double* const state = &expected_states[s * state_size + static_cast<std::size_t>(h * dim * dim)];
-        std::vector<double> read(static_cast<std::size_t>(dim));
-        for (int t = first; t < first + lengths[static_cast<std::size_t>(s)]; ++t) {
-            const std::size_t at = static_cast<std::size_t>((t * heads + h) * dim);
-            std::fill(read.begin(), read.end(), 0.0);
-            for (int i = 0; i < dim; ++i) {
-                const double decay = std::exp(static_cast<double>(p.decay[at + i])), k = p.k[at + i];
-                for (int j = 0; j < dim; ++j) read[j] += (state[i * dim + j] *= decay) * k;
+    if (compare)
+        parallel(static_cast<int>(lengths.size()) * heads, [&](int job) {
+            const int s = job / heads, h = job % heads;
+            int first = 0;
+            for (int i = 0; i < s; ++i) first += lengths[static_cast<std::size_t>(i)];
+            double* const state = &expected_states[s * state_size + static_cast<std::size_t>(h * dim * dim)];
+            std::vector<double> read(static_cast<std::size_t>(dim));
+            for (int t = first; t < first + lengths[static_cast<std::size_t>(s)]; ++t) {
+                const std::size_t at = static_cast<std::size_t>((t * heads + h) * dim);
+                std::fill(read.begin(), read.end(), 0.0);
+                for (int i = 0; i < dim; ++i) {
+                    const double decay = std::exp(static_cast<double>(p.decay[at + i])), k = p.k[at + i];
+                    for (int j = 0; j < dim; ++j) read[j] += (state[i * dim + j] *= decay) * k;
+                }
+                for (int j = 0; j < dim; ++j) read[j] = p.beta[t * heads + h] * (p.v[at + j] - read[j]);
+                for (int i = 0; i < dim; ++i) {
+                    const double k = p.k[at + i], q = p.q[at + i] / std::sqrt(static_cast<double>(dim));
+                    for (int j = 0; j < dim; ++j) expected[at + j] += (state[i * dim + j] += k * read[j]) * q;
+                }
             }
-            for (int j = 0; j < dim; ++j) read[j] = p.beta[t * heads + h] * (p.v[at + j] - read[j]);
-            for (int i = 0; i < dim; ++i) {
-                const double k = p.k[at + i], q = p.q[at + i] / std::sqrt(static_cast<double>(dim));
-                for (int j = 0; j < dim; ++j) expected[at + j] += (state[i * dim + j] += k * read[j]) * q;
-            }
-        }
-    });
+        });
 
     const device_array<float> q(p.q), k(p.k), v(p.v), decay(p.decay), beta(p.beta);
     device_array<float> out(p.v.size()), memory(states);
     std::vector<launch::segment> segments;
     int first = 0;
     for (std::size_t s = 0; s < lengths.size(); ++s) {
-        segments.push_back({0, reinterpret_cast<unsigned char*>(memory.data() + s * state_size), nullptr, first,
-                            lengths[s]});
+        segments.push_back(
+            {0, reinterpret_cast<unsigned char*>(memory.data() + s * state_size), nullptr, first, lengths[s]});
         first += lengths[s];
     }
     const device_array<launch::segment> on_device(segments);
     const int count = static_cast<int>(lengths.size());
     device_array<unsigned char> workspace(launch::kda_chunk_bytes(count, heads, dim, side_by_side));
     const long long row = heads * dim;
-    launch::kda_chunk_args args{{q.data(), row, dim},     {k.data(), row, dim},     {v.data(), row, dim},
+    launch::kda_chunk_args args{{q.data(), row, dim},     {k.data(), row, dim},    {v.data(), row, dim},
                                 {decay.data(), row, dim}, {beta.data(), heads, 1}, {out.data(), row, dim}};
     args.segments = on_device.data(), args.segment_count = count, args.longest = longest;
     args.layout.heads = heads, args.layout.head_dim = dim;
@@ -130,10 +134,180 @@ void test_kda() {
     test_kda({2048, 2048}, 32, 128, 1, 2048, 0, false);
 }
 
+/// y = W x in float64.
+std::vector<double> product(const float* w, int rows, int columns, const std::vector<float>& x, int n) {
+    std::vector<double> y(static_cast<std::size_t>(n) * static_cast<std::size_t>(rows));
+    parallel(n, [&](int i) {
+        for (int r = 0; r < rows; ++r) {
+            double sum = 0;
+            for (int c = 0; c < columns; ++c) {
+                sum += static_cast<double>(w[static_cast<std::size_t>(r) * columns + c]) *
+                       static_cast<double>(x[static_cast<std::size_t>(i) * columns + c]);
+            }
+            y[static_cast<std::size_t>(i) * rows + r] = sum;
+        }
+    });
+    return y;
+}
+
+void test_products(std::vector<keel::dtype> types, std::vector<int> sizes, int n, int columns, bool accumulate) {
+    random_source random{static_cast<std::uint64_t>(n * 131 + columns)};
+    const auto x = random.normals(static_cast<std::size_t>(n) * static_cast<std::size_t>(columns), 3.0f);
+    const device_array<float> x_device(x);
+    device_array<unsigned char> workspace(launch::products_bytes(n, columns));
+    launch::products_args args{x_device.data(), columns, n, columns};
+    std::vector<device_matrix> matrices;
+    std::vector<device_array<float>> outs;
+    std::vector<std::vector<double>> expected;
+    std::vector<std::vector<float>> before;
+    for (std::size_t i = 0; i < types.size(); ++i) {
+        const auto blocks = random_blocks(types[i], sizes[i], columns, random);
+        matrices.push_back(upload_matrix(types[i], 1, sizes[i], columns, blocks));
+        const auto w = decode(types[i], sizes[i], columns, blocks);
+        expected.push_back(product(w.data(), sizes[i], columns, x, n));
+        before.push_back(random.normals(expected.back().size()));
+        for (std::size_t j = 0; accumulate && j < before.back().size(); ++j)
+            expected.back()[j] += static_cast<double>(before.back()[j]);
+        outs.emplace_back(expected.back().size());
+        args.list[args.count++] = {matrices.back().matrix, outs.back().data(), sizes[i], 0, accumulate};
+    }
+    args.workspace = workspace.data();
+    std::vector<std::vector<float>> first;
+    bool same = true;
+    for (int run = 0; run < 3; ++run) {
+        workspace.poison();
+        for (std::size_t i = 0; i < outs.size(); ++i) {
+            outs[i].poison();
+            if (accumulate) outs[i].set(before[i]);
+        }
+        check(launch::products(args, nullptr), "products");
+        check(cudaDeviceSynchronize(), "products");
+        for (std::size_t i = 0; i < outs.size(); ++i) {
+            if (run == 0) first.push_back(outs[i].get());
+            same = same && outs[i].get() == first[i];
+        }
+    }
+    for (std::size_t i = 0; i < outs.size(); ++i) {
+        report("products n=" + std::to_string(n) + " columns=" + std::to_string(columns) + " rows=" +
+                   std::to_string(sizes[i]) + " " + std::string(keel::info(types[i]).name) + (accumulate ? " +=" : ""),
+               relative_error(first[i], expected[i]), 2e-3, same);
+    }
+}
+
+void test_products() {
+    using keel::dtype;
+    for (const dtype type : {dtype::f32, dtype::f16, dtype::bf16, dtype::q8_0, dtype::q4_0, dtype::q4_1, dtype::q5_0,
+                             dtype::q5_1, dtype::q2_k, dtype::q3_k, dtype::q4_k, dtype::q5_k, dtype::q6_k,
+                             dtype::iq4_nl, dtype::iq4_xs, dtype::mxfp4}) {
+        test_products({type}, {300}, 77, 512, false);
+    }
+    test_products({dtype::q4_k, dtype::q6_k, dtype::q4_k, dtype::f32}, {520, 256, 64, 33}, 200, 1280, false);
+    test_products({dtype::q8_0, dtype::f32, dtype::f16}, {128, 100, 31}, 1, 96, true);
+    test_products({dtype::q8_0, dtype::bf16}, {512, 100}, 130, 2304, true);
+    test_products({dtype::f32, dtype::f16}, {70, 40}, 65, 50, false);
+}
+
+void test_feed_forward(keel::dtype type, keel::dtype down_type, int n, int k, int experts, int hidden, int width,
+                       bool accumulate) {
+    random_source random{static_cast<std::uint64_t>(n * 17 + experts)};
+    const int count = std::max(experts, 1);
+    const auto gate = random_blocks(type, count * width, hidden, random),
+               up = random_blocks(type, count * width, hidden, random);
+    const auto down = random_blocks(down_type, count * hidden, width, random);
+    const auto gate_device = upload_matrix(type, count, width, hidden, gate),
+               up_device = upload_matrix(type, count, width, hidden, up);
+    const auto down_device = upload_matrix(down_type, count, hidden, width, down);
+    const auto gate_values = decode(type, count * width, hidden, gate),
+               up_values = decode(type, count * width, hidden, up);
+    const auto down_values = decode(down_type, count * hidden, width, down);
+    const auto x = random.normals(static_cast<std::size_t>(n * hidden));
+    const auto before = random.normals(static_cast<std::size_t>(n * hidden));
+    std::vector<int> chosen;
+    std::vector<float> weights;
+    for (int i = 0; experts > 0 && i < n; ++i) {
+        for (int slot = 0; slot < k; ++slot) {  // unbalanced: low experts are popular, the last one is never chosen
+            int e = 0;
+            do {
+                const float u = random.uniform();
+                e = static_cast<int>(u * u * static_cast<float>(experts - 1));
+            } while (std::find(chosen.end() - slot, chosen.end(), e) != chosen.end());
+            chosen.push_back(e);
+            weights.push_back(random.uniform());
+        }
+    }
+    std::vector<double> expected(x.size());
+    parallel(n, [&](int i) {
+        std::vector<double> inner(static_cast<std::size_t>(width));
+        for (int slot = 0; slot < k; ++slot) {
+            const std::size_t e =
+                experts > 0 ? static_cast<std::size_t>(chosen[static_cast<std::size_t>(i * k + slot)]) : 0;
+            const float* const g = &gate_values[e * static_cast<std::size_t>(width * hidden)];
+            const float* const u = &up_values[e * static_cast<std::size_t>(width * hidden)];
+            const float* const d = &down_values[e * static_cast<std::size_t>(width * hidden)];
+            for (int r = 0; r < width; ++r) {
+                double a = 0, b = 0;
+                for (int c = 0; c < hidden; ++c) {
+                    a += static_cast<double>(g[r * hidden + c]) *
+                         static_cast<double>(x[static_cast<std::size_t>(i * hidden + c)]);
+                    b += static_cast<double>(u[r * hidden + c]) *
+                         static_cast<double>(x[static_cast<std::size_t>(i * hidden + c)]);
+                }
+                inner[static_cast<std::size_t>(r)] = a / (1 + std::exp(-a)) * b;
+            }
+            const double w = experts > 0 ? static_cast<double>(weights[static_cast<std::size_t>(i * k + slot)]) : 1.0;
+            for (int c = 0; c < hidden; ++c) {
+                double sum = 0;
+                for (int r = 0; r < width; ++r)
+                    sum += static_cast<double>(d[c * width + r]) * inner[static_cast<std::size_t>(r)];
+                expected[static_cast<std::size_t>(i * hidden + c)] += w * sum;
+            }
+        }
+        for (int c = 0; accumulate && c < hidden; ++c) {
+            expected[static_cast<std::size_t>(i * hidden + c)] +=
+                static_cast<double>(before[static_cast<std::size_t>(i * hidden + c)]);
+        }
+    });
+    const device_array<float> x_device(x), weights_device(weights);
+    const device_array<int> chosen_device(chosen);
+    device_array<float> out(x.size());
+    device_array<unsigned char> workspace(launch::feed_forward_bytes(n, k, experts, hidden, width));
+    launch::feed_forward_args args{x_device.data(), hidden, n};
+    if (experts > 0) args.chosen = chosen_device.data(), args.weights = weights_device.data();
+    args.chosen_row = args.weights_row = args.k = k;
+    args.gate = gate_device.matrix, args.up = up_device.matrix, args.down = down_device.matrix;
+    args.out = out.data(), args.out_row = hidden, args.accumulate = accumulate, args.workspace = workspace.data();
+    std::vector<float> first;
+    bool same = true;
+    for (int run = 0; run < 3; ++run) {
+        workspace.poison();
+        out.poison();
+        if (accumulate) out.set(before);
+        check(launch::feed_forward(args, nullptr), "feed_forward");
+        check(cudaDeviceSynchronize(), "feed_forward");
+        if (run == 0) first = out.get();
+        same = same && out.get() == first;
+    }
+    report("feed_forward n=" + std::to_string(n) + " k=" + std::to_string(k) + " X=" + std::to_string(experts) +
+               " hidden=" + std::to_string(hidden) + " width=" + std::to_string(width) + " " +
+               std::string(keel::info(type).name) + " " + std::string(keel::info(down_type).name),
+           relative_error(first, expected), 2e-3, same);
+}
+
+void test_feed_forward() {
+    using keel::dtype;
+    test_feed_forward(dtype::q4_k, dtype::q6_k, 150, 1, 0, 512, 768, true);
+    test_feed_forward(dtype::q8_0, dtype::q8_0, 33, 1, 0, 160, 96, false);
+    test_feed_forward(dtype::q4_k, dtype::q6_k, 333, 4, 16, 512, 256, false);
+    test_feed_forward(dtype::f32, dtype::f16, 40, 2, 8, 64, 48, true);
+    test_feed_forward(dtype::q4_k, dtype::q4_k, 1, 8, 256, 256, 256, false);
+}
+
 }  // namespace
 
 int main() {
     test_kda();
+    test_products();
+    test_feed_forward();
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

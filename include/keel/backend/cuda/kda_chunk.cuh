@@ -274,69 +274,91 @@ __global__ void __launch_bounds__(kda_prepare_threads<D>)
 
 inline constexpr int kda_stages = 6;
 
-/// Columns of V and S of a warp, and the warps of a block.
-inline constexpr int kda_columns = 16, kda_warps = 2;
+/// Columns of V and S of a warp, and the warps of a block that have some; one more warp fetches.
+inline constexpr int kda_columns = 16, kda_warps = 2, kda_threads = (kda_warps + 1) * 32;
 
 template <int D>
-struct kda_scan_stage {
-    kda_factors<D> factors;
-    float v[kda_tokens][kda_warps * kda_columns + 4];  // shifted, so that the reads below have no conflicts
+struct kda_scan_memory {
+    struct stage {
+        kda_factors<D> factors;
+        float v[kda_tokens][kda_warps * kda_columns + 4];  // shifted, so that the reads below have no conflicts
+    } ring[kda_stages];
+    barrier full[kda_stages], empty[kda_stages];
 };
 
-/// Grid: (slabs of D, heads, segments); each block walks over `chunks` chunks.
+/// What a block of kda_scan works on.
+struct kda_scan_range {
+    cuda_launch::segment segment;
+    int first_chunk, chunks, head;
+    int column;  // first of the block
+};
+
 template <int D>
-__global__ void __launch_bounds__(kda_warps * 32)
-    kda_scan_kernel(kda_chunk_args args, int first_chunk, int chunks, const kda_factors<D>* factors) {
-    extern __shared__ uint4 dynamic_memory[];
-    auto* const ring = reinterpret_cast<kda_scan_stage<D>*>(dynamic_memory);
-    const cuda_launch::segment segment = args.segments[blockIdx.z];
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    const int group = lane / 4, quad = lane % 4;
-    const int head = static_cast<int>(blockIdx.y);
-    const int block_column = static_cast<int>(blockIdx.x) * kda_warps * kda_columns;
-    const int mine = warp * kda_columns + group;  // of the block's columns
-    const int last = min(chunks, (segment.rows + kda_tokens - 1) / kda_tokens - first_chunk);
-    if (last <= 0) return;
-    factors += (static_cast<std::size_t>(blockIdx.z) * gridDim.y + blockIdx.y) * static_cast<std::size_t>(chunks);
-
-    const auto fetch = [&](int chunk) {
-        if (chunk < last) {
-            kda_scan_stage<D>& stage = ring[chunk % kda_stages];
-            const uint4* const from = reinterpret_cast<const uint4*>(factors + chunk);
-            uint4* const to = reinterpret_cast<uint4*>(&stage.factors);
-            for (int i = thread; i < static_cast<int>(sizeof(kda_factors<D>) / 16); i += kda_warps * 32) {
-                copy_async(to + i, from + i);
-            }
-            for (int i = thread; i < kda_tokens * kda_warps * kda_columns / 4; i += kda_warps * 32) {
-                const int t = i / (kda_warps * kda_columns / 4), c = i % (kda_warps * kda_columns / 4) * 4;
-                const int row = (first_chunk + chunk) * kda_tokens + t;
-                const bool inside = row < segment.rows;
-                const float* const v = args.v.data + (segment.first_row + (inside ? row : 0)) * args.v.row +
-                                       head * args.v.head + block_column + c;
-                copy_async(&stage.v[t][c], v, inside ? 16 : 0);
-            }
+__device__ void kda_fetch(const kda_chunk_args& args, const kda_scan_range& range, const kda_factors<D>* factors,
+                          kda_scan_memory<D>& memory, int lane) {
+    constexpr int row_bytes = kda_warps * kda_columns * static_cast<int>(sizeof(float));
+    for (int chunk = 0; chunk < range.chunks; ++chunk) {
+        const int slot = chunk % kda_stages;
+        if (chunk >= kda_stages) memory.empty[slot].wait(chunk / kda_stages % 2 ^ 1);
+        const int row = (range.first_chunk + chunk) * kda_tokens;
+        const int rows = min(kda_tokens, range.segment.rows - row);
+        const stage_copy copy{memory.full[slot], lane};
+        copy.begin(static_cast<int>(sizeof(kda_factors<D>)) + rows * row_bytes);
+        copy.whole(&memory.ring[slot].factors, factors + chunk, static_cast<int>(sizeof(kda_factors<D>)));
+        if (lane < rows) {
+            copy.bulk(memory.ring[slot].v[lane],
+                      args.v.data + (range.segment.first_row + row + lane) * args.v.row + range.head * args.v.head +
+                          range.column,
+                      row_bytes);
         }
-        commit_copies();
-    };
-    for (int chunk = 0; chunk < kda_stages - 1; ++chunk) fetch(chunk);
+        copy.end();
+    }
+}
 
-    float* const memory = reinterpret_cast<float*>(segment.recurrent) + args.layer * args.layout.layer_floats +
-                          head * D * D + block_column + mine;
+template <int D>
+__device__ void kda_scan(const kda_chunk_args& args, const kda_scan_range& range, kda_scan_memory<D>& memory, int warp,
+                         int lane) {
+    const int group = lane / 4, quad = lane % 4;
+    const int mine = warp * kda_columns + group;  // of the block's columns
+    float* const from = reinterpret_cast<float*>(range.segment.recurrent) + args.layer * args.layout.layer_floats +
+                        range.head * D * D + range.column + mine;
     float state[D / 8][4];  // transposed: rows are columns of V
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) state[j][e] = memory[(8 * j + 2 * quad + e % 2) * D + e / 2 * 8];
+        for (int e = 0; e < 4; ++e) state[j][e] = from[(8 * j + 2 * quad + e % 2) * D + e / 2 * 8];
     }
 
-    for (int chunk = 0; chunk < last; ++chunk) {
-        wait_copies<kda_stages - 2>();
-        __syncthreads();
-        fetch(chunk + kda_stages - 1);
-        const kda_scan_stage<D>& stage = ring[chunk % kda_stages];
+    for (int chunk = 0; chunk < range.chunks; ++chunk) {
+        const int slot = chunk % kda_stages;
+        const typename kda_scan_memory<D>::stage& stage = memory.ring[slot];
         const kda_factors<D>& f = stage.factors;
+        std::uint32_t s[D / 16][4];
+#pragma unroll
+        for (int j = 0; j < D / 16; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                s[j][e] = pack(state[2 * j + e / 2][e % 2 * 2], state[2 * j + e / 2][e % 2 * 2 + 1]);
+            }
+        }
+        memory.full[slot].wait(chunk / kda_stages % 2);
 
-        float update[2][2][4] = {}, out[2][4] = {};  // [two halves of the sum][8 tokens]
+        float update[2][2][4] = {}, out[2][2][4] = {};  // [two halves of the sum][8 tokens]
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) {
+#pragma unroll
+            for (int token = 0; token < 2; ++token) {
+                const uint4 erase = f.erase[token][j][lane];
+                multiply(update[0][token], s[2 * j], erase.x, erase.y);
+                multiply(update[1][token], s[2 * j + 1], erase.z, erase.w);
+            }
+#pragma unroll
+            for (int token = 0; token < 2; ++token) {
+                const uint4 read = f.read[token][j][lane];
+                multiply(out[0][token], s[2 * j], read.x, read.y);
+                multiply(out[1][token], s[2 * j + 1], read.z, read.w);
+            }
+        }
         {
             std::uint32_t v[4];
 #pragma unroll
@@ -347,33 +369,8 @@ __global__ void __launch_bounds__(kda_warps * 32)
             const uint4 solve = f.solve[lane], mix = f.mix[lane];
             multiply(update[0][0], v, solve.x, solve.y);
             multiply(update[0][1], v, solve.z, solve.w);
-            multiply(out[0], v, mix.x, mix.y);
-            multiply(out[1], v, mix.z, mix.w);
-        }
-        std::uint32_t s[D / 16][4];
-#pragma unroll
-        for (int j = 0; j < D / 16; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                s[j][e] = pack(state[2 * j + e / 2][e % 2 * 2], state[2 * j + e / 2][e % 2 * 2 + 1]);
-        }
-#pragma unroll
-        for (int j = 0; j < D / 32; ++j) {
-#pragma unroll
-            for (int token = 0; token < 2; ++token) {
-                const uint4 erase = f.erase[token][j][lane];
-                multiply(update[0][token], s[2 * j], erase.x, erase.y);
-                multiply(update[1][token], s[2 * j + 1], erase.z, erase.w);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < D / 32; ++j) {
-#pragma unroll
-            for (int token = 0; token < 2; ++token) {
-                const uint4 read = f.read[token][j][lane];
-                multiply(out[token], s[2 * j], read.x, read.y);
-                multiply(out[token], s[2 * j + 1], read.z, read.w);
-            }
+            multiply(out[0][0], v, mix.x, mix.y);
+            multiply(out[0][1], v, mix.z, mix.w);
         }
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) {
@@ -393,19 +390,54 @@ __global__ void __launch_bounds__(kda_warps * 32)
             multiply(state[2 * j], u, keys.x, keys.y);
             multiply(state[2 * j + 1], u, keys.z, keys.w);
         }
+        __syncwarp();
+        if (lane == 0) memory.empty[slot].arrive();
+        float* const to = args.out.data +
+                          (range.segment.first_row + (range.first_chunk + chunk) * kda_tokens) * args.out.row +
+                          range.head * args.out.head + range.column + mine;
+        const int rows = range.segment.rows - (range.first_chunk + chunk) * kda_tokens;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const int t = (first_chunk + chunk) * kda_tokens + i / 4 * 8 + 2 * quad + i % 2;
-            if (t < segment.rows) {
-                args.out.data[(segment.first_row + t) * args.out.row + head * args.out.head + block_column + mine +
-                              i / 2 % 2 * 8] = out[i / 4][i % 4];
-            }
+            const int t = i / 4 * 8 + 2 * quad + i % 2;
+            if (t < rows) to[t * args.out.row + i / 2 % 2 * 8] = out[0][i / 4][i % 4] + out[1][i / 4][i % 4];
         }
     }
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) memory[(8 * j + 2 * quad + e % 2) * D + e / 2 * 8] = state[j][e];
+        for (int e = 0; e < 4; ++e) from[(8 * j + 2 * quad + e % 2) * D + e / 2 * 8] = state[j][e];
+    }
+}
+
+/// Grid: (slabs of D, heads, segments); each block walks over `chunks` chunks.
+template <int D>
+__global__ void __launch_bounds__(kda_threads)
+    kda_scan_kernel(kda_chunk_args args, int first_chunk, int chunks, const kda_factors<D>* factors) {
+    extern __shared__ uint4 dynamic_memory[];
+    auto& memory = *reinterpret_cast<kda_scan_memory<D>*>(dynamic_memory);
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+    kda_scan_range range{args.segments[blockIdx.z], first_chunk, chunks, static_cast<int>(blockIdx.y),
+                         static_cast<int>(blockIdx.x) * kda_warps * kda_columns};
+    range.chunks = min(chunks, (range.segment.rows + kda_tokens - 1) / kda_tokens - first_chunk);
+    if (range.chunks <= 0) return;
+    if (thread < kda_stages) {
+        memory.full[thread].init(stage_copy::arrivals);
+        memory.empty[thread].init(kda_warps);
+    }
+    for (auto& stage : memory.ring) {  // behind the last row v counts nothing, but NaN would
+        for (int i = thread; i < static_cast<int>(sizeof(stage.v) / sizeof(float)); i += kda_threads) {
+            (&stage.v[0][0])[i] = 0;
+        }
+    }
+    publish_to_copies();
+    __syncthreads();
+    if (warp == kda_warps) {
+        kda_fetch<D>(args, range,
+                     factors + (static_cast<std::size_t>(blockIdx.z) * gridDim.y + blockIdx.y) *
+                                   static_cast<std::size_t>(chunks),
+                     memory, lane);
+    } else {
+        kda_scan<D>(args, range, memory, warp, lane);
     }
 }
 
@@ -416,7 +448,7 @@ cudaError_t kda_chunk(const kda_chunk_args& args, cudaStream_t stream) {
     const std::size_t one = sizeof(kda_factors<D>) * static_cast<std::size_t>(args.segment_count * args.layout.heads);
     const int chunks = static_cast<int>(std::min(args.workspace_bytes / one, static_cast<std::size_t>(all)));
     if (chunks == 0) return all == 0 ? cudaSuccess : cudaErrorInvalidValue;
-    constexpr int scan_bytes = kda_stages * static_cast<int>(sizeof(kda_scan_stage<D>));
+    constexpr int scan_bytes = static_cast<int>(sizeof(kda_scan_memory<D>));
     const cudaError_t raised =
         cudaFuncSetAttribute(kda_scan_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, scan_bytes);
     if (raised != cudaSuccess) return raised;
@@ -426,9 +458,8 @@ cudaError_t kda_chunk(const kda_chunk_args& args, cudaStream_t stream) {
         kda_prepare_kernel<D>
             <<<dim3(static_cast<unsigned>(count), heads, segments), kda_prepare_threads<D>, 0, stream>>>(args, first,
                                                                                                          factors);
-        kda_scan_kernel<D>
-            <<<dim3(D / (kda_warps * kda_columns), heads, segments), kda_warps * 32, scan_bytes, stream>>>(
-                args, first, count, factors);
+        kda_scan_kernel<D><<<dim3(D / (kda_warps * kda_columns), heads, segments), kda_threads, scan_bytes, stream>>>(
+            args, first, count, factors);
     }
     return cudaGetLastError();
 }

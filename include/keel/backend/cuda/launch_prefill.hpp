@@ -40,4 +40,38 @@ struct kda_chunk_args {
 std::size_t kda_chunk_bytes(int segment_count, int heads, int head_dim, int longest);
 cudaError_t kda_chunk(const kda_chunk_args& args, cudaStream_t stream);
 
+/// out = W x or += W x for several matrices with one input, rounded to halves with a power of two per row; sums are
+/// f32. out_head is not used.
+struct products_args {
+    const float* x = nullptr;  ///< (rows, columns); columns even
+    long long x_row = 0;
+    int rows = 0, columns = 0;
+    int count = 0;
+    product list[matvec_args::most];
+    void* workspace = nullptr;  ///< products_bytes(rows, columns), on 256 bytes
+};
+std::size_t products_bytes(int rows, int columns);
+cudaError_t products(const products_args& args, cudaStream_t stream);
+
+/// A gated feed-forward network of many rows: out = or += W_down (silu(W_gate x) W_up x). With `chosen`, the sum over
+/// k of gate.count networks with their weights instead; the sum is over slots in order, so that it is the same on
+/// every run. `gate` and `up` must have the same type.
+struct feed_forward_args {
+    const float* x = nullptr;  ///< (rows, hidden); hidden even
+    long long x_row = 0;
+    int rows = 0;
+    const int* chosen = nullptr;     ///< (rows, k), or null for one network
+    const float* weights = nullptr;  ///< (rows, k)
+    long long chosen_row = 0, weights_row = 0;
+    int k = 1;
+    matrix gate{}, up{}, down{};
+    float* out = nullptr;
+    long long out_row = 0;
+    int accumulate = 0;
+    void* workspace = nullptr;  ///< feed_forward_bytes(..), on 256 bytes
+};
+/// `experts` is 0 for one network without a choice.
+std::size_t feed_forward_bytes(int rows, int k, int experts, int hidden, int width);
+cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stream);
+
 }  // namespace keel::cuda_launch

@@ -62,4 +62,85 @@ __device__ inline void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+/// A barrier in shared memory that counts arrivals and, on sm_90, the bytes of bulk copies.
+struct barrier {
+    std::uint64_t state;
+
+    __device__ void init(int arrivals) {
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
+    }
+    __device__ void arrive() {
+        asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(shared_address(this)) : "memory");
+    }
+    /// Waits for the end of a phase: the phases alternate between parity 0 and 1.
+    __device__ void wait(int parity) {
+        std::uint32_t done = 0;
+        while (done == 0) {
+#if __CUDA_ARCH__ >= 900
+            asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#else
+            asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#endif
+                         : "=r"(done)
+                         : "r"(shared_address(this)), "r"(parity)
+                         : "memory");
+        }
+    }
+};
+
+/// Makes this thread's ordinary writes to shared memory, barriers too, visible to copies and wgmma that others start
+/// behind the next barrier.
+__device__ inline void publish_to_copies() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/// Called by all lanes of a warp to fill a stage of shared memory: begin() with the bytes of all copies that follow,
+/// copies of multiples of 16 bytes, end(). Then `full`, made for stage_copy::arrivals, completes its phase.
+struct stage_copy {
+    barrier& full;
+    int lane;
+
+#if __CUDA_ARCH__ >= 900
+    static constexpr int arrivals = 1;
+    __device__ void begin(int bytes) const {
+        if (lane == 0) {
+            asm volatile(
+                "{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(shared_address(&full)),
+                "r"(bytes)
+                : "memory");
+        }
+        __syncwarp();
+    }
+    /// By one lane.
+    __device__ void bulk(void* to, const void* from, int bytes) const {
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         shared_address(to)),
+                     "l"(from), "r"(bytes), "r"(shared_address(&full))
+                     : "memory");
+    }
+    __device__ void end() const {}
+#else
+    static constexpr int arrivals = 32;
+    __device__ void begin(int) const {}
+    __device__ void bulk(void* to, const void* from, int bytes) const {
+        for (int i = 0; i < bytes; i += 16) copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i);
+    }
+    __device__ void end() const {
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full)) : "memory");
+    }
+#endif
+    /// By all lanes.
+    __device__ void whole(void* to, const void* from, int bytes) const {
+#if __CUDA_ARCH__ >= 900
+        if (lane == 0) bulk(to, from, bytes);
+#else
+        for (int i = lane * 16; i < bytes; i += 512) {
+            copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i);
+        }
+#endif
+    }
+};
+
 }  // namespace keel::cuda_launch::detail

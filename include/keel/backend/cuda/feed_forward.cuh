@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: MIT
+//
+// Gated feed-forward networks of many rows, one or a choice of many. With a choice, rows are sorted by expert first:
+// every (row, slot) gets a position, those of an expert are consecutive and begin on a multiple of 8, and each expert
+// has a tile for every 128 of its positions. Where a position lies in a tile changes no bit of its results, so the
+// order within an expert does not matter.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <keel/backend/cuda/gemm.cuh>
+#include <keel/backend/cuda/launch_prefill.hpp>
+
+namespace keel::cuda_launch::detail {
+
+/// silu(gate) up is kept as halves of this part of it: up to a million does not overflow.
+inline constexpr float hidden_factor = 0.0625f;
+
+inline constexpr int most_experts = 1024;
+
+/// The order of (row, slot) pairs by expert.
+struct expert_order {
+    int* pair;      // of a position, row * k + slot; -1 where there is none
+    int* position;  // of a pair
+    row_tile* tiles;
+    int* tile_count;
+
+    static int positions(int pairs, int experts) { return pairs + 7 * experts; }
+    static int most_tiles(int pairs, int experts) { return pairs / tile_rows + std::min(experts, pairs); }
+};
+
+/// One block of 1024 threads.
+__global__ void __launch_bounds__(1024)
+    sort_kernel(const int* chosen, long long chosen_row, int rows, int k, int experts, expert_order order) {
+    __shared__ int count[most_experts], next[most_experts], sums[2][32];
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    count[thread] = 0;
+    __syncthreads();
+    for (int i = thread; i < rows * k; i += 1024) atomicAdd(&count[chosen[i / k * chosen_row + i % k]], 1);
+    __syncthreads();
+    const int mine = thread < experts ? count[thread] : 0;
+    const int places = (mine + 7) / 8 * 8, tiles = (mine + tile_rows - 1) / tile_rows;
+    int before_places = places, before_tiles = tiles;  // running sums
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const int a = __shfl_up_sync(~0u, before_places, d), b = __shfl_up_sync(~0u, before_tiles, d);
+        if (lane >= d) before_places += a, before_tiles += b;
+    }
+    if (lane == 31) sums[0][warp] = before_places, sums[1][warp] = before_tiles;
+    __syncthreads();
+    for (int w = 0; w < warp; ++w) before_places += sums[0][w], before_tiles += sums[1][w];
+    before_places -= places, before_tiles -= tiles;
+    for (int i = 0; i < tiles; ++i) {
+        order.tiles[before_tiles + i] = {thread, before_places + i * tile_rows, min(tile_rows, mine - i * tile_rows)};
+    }
+    if (thread == 1023) *order.tile_count = before_tiles + tiles;
+    for (int i = mine; i < places; ++i) order.pair[before_places + i] = -1;
+    next[thread] = before_places;
+    __syncthreads();
+    for (int i = thread; i < rows * k; i += 1024) {
+        const int position = atomicAdd(&next[chosen[i / k * chosen_row + i % k]], 1);
+        order.position[i] = position;
+        order.pair[position] = i;
+    }
+}
+
+/// Copies prepared rows to the positions of their pairs; a warp per pair.
+__global__ void __launch_bounds__(256)
+    spread_kernel(prepared from, prepared to, const int* position, int pairs, int k) {
+    const int pair = static_cast<int>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (pair >= pairs) return;
+    const int at = position[pair], row = pair / k;
+    if (lane == 0) to.scale[at] = from.scale[row];
+    for (int i = lane; i < 16 * from.groups; i += 32) *to.piece(i / 16, at, i % 16) = *from.piece(i / 16, row, i % 16);
+}
+
+struct gated_arguments {
+    prepared x;
+    tiling tiles;
+    int depth;
+    matrix gate, up;
+    prepared hidden;
+};
+
+template <int N, layout L>
+__device__ void gated_tile(const gated_arguments& args, const row_tile& tile, int first_row, const block_state& block) {
+    const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, quad = thread % 4;
+    const int mine = thread / 128 * 64 + thread % 128 / 32 * 16 + group;
+    const unsigned char* from[2][2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = tile.matrix * args.gate.rows + min(first_row + mine + 8 * r, args.gate.rows - 1);
+        from[0][r] = args.gate.data + row * static_cast<std::size_t>(args.gate.row_bytes);
+        from[1][r] = args.up.data + row * static_cast<std::size_t>(args.up.row_bytes);
+    }
+    float acc[2][N / 8][4] = {};
+    multiply_tile<N, L>(acc, from, args.gate.columns, args.x, tile.first, block);
+
+    // The 128 rows are a group of the next product: collect it in shared memory, then write it out whole.
+    __syncthreads();
+    unsigned char* const stage = block.stages;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int token = 8 * j + 2 * quad + e;
+            const float scale = token < tile.rows ? args.x.scale[tile.first + token] : 0.0f;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float gate = acc[0][j][2 * r + e] * scale, up = acc[1][j][2 * r + e] * scale;
+                const float y = gate / (1.0f + __expf(-gate)) * up * hidden_factor;
+                const int i = mine + 8 * r, step = i % 16 / 2, piece = step % 4 * 2 + i % 32 / 16;
+                auto* const to = reinterpret_cast<__half*>(stage + j * eight_bytes + step / 4 * 1024 + token % 8 * 128 +
+                                                           (piece ^ token % 8) * 16);
+                to[i / 32 * 2 + i % 2] = __float2half_rn(
+                    first_row + i < args.gate.rows && token < tile.rows ? fminf(fmaxf(y, -65504.0f), 65504.0f) : 0.0f);
+            }
+        }
+    }
+    __syncthreads();
+    uint4* const to = reinterpret_cast<uint4*>(args.hidden.tile(first_row / group_columns, tile.first));
+    const int pieces = (tile.rows + 7) / 8 * (eight_bytes / 16);
+    for (int i = thread; i < pieces; i += 256) to[i] = reinterpret_cast<const uint4*>(stage)[i];
+    if (first_row == 0 && thread < tile.rows) args.hidden.scale[tile.first + thread] = 1.0f / hidden_factor;
+}
+
+/// Grid: (groups of 128 rows of W, tiles).
+template <layout L>
+__global__ void __launch_bounds__(256, 1) gated_kernel(const __grid_constant__ gated_arguments args) {
+    row_tile tile;
+    if (!args.tiles.get(static_cast<int>(blockIdx.y), tile)) return;
+    const int first_row = static_cast<int>(blockIdx.x) * group_columns;
+    const block_state block = start_block(args.depth);
+    if (tile.rows > 64) {
+        gated_tile<128, L>(args, tile, first_row, block);
+    } else {
+        gated_tile<64, L>(args, tile, first_row, block);
+    }
+}
+
+/// out[row] = or += sum of weights[row][slot] y[row k + slot], slot by slot. Grid: (columns / 1024, rows).
+__global__ void __launch_bounds__(256) join_kernel(const float* y, const float* weights, long long weights_row, int k,
+                                                   int columns, float* out, long long out_row, int accumulate) {
+    const int column = (static_cast<int>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x)) * 4;
+    const long long row = blockIdx.y;
+    if (column >= columns) return;
+    float4 sum = {0, 0, 0, 0};
+    for (int slot = 0; slot < k; ++slot) {
+        const float w = weights[row * weights_row + slot];
+        const float4 v = __ldcs(reinterpret_cast<const float4*>(y + (row * k + slot) * columns + column));
+        sum.x += w * v.x, sum.y += w * v.y, sum.z += w * v.z, sum.w += w * v.w;
+    }
+    auto& to = *reinterpret_cast<float4*>(out + row * out_row + column);
+    if (accumulate) {
+        const float4 old = to;
+        sum.x += old.x, sum.y += old.y, sum.z += old.z, sum.w += old.w;
+    }
+    to = sum;
+}
+
+/// Where things lie in the workspace.
+struct feed_forward_plan {
+    std::size_t used = 0;
+    std::size_t rows, sorted, hidden, outputs, pair, position, tiles, tile_count;
+
+    feed_forward_plan(int count, int k, int experts, int hidden_columns, int width) {
+        const int pairs = count * k;
+        const int positions = experts == 0 ? count : expert_order::positions(pairs, experts);
+        rows = take(prepared::bytes(count, hidden_columns));
+        hidden = take(prepared::bytes(positions, width));
+        if (experts == 0) return;
+        sorted = take(prepared::bytes(positions, hidden_columns));
+        outputs = take(static_cast<std::size_t>(pairs) * static_cast<std::size_t>(hidden_columns) * sizeof(float));
+        pair = take(static_cast<std::size_t>(positions) * sizeof(int));
+        position = take(static_cast<std::size_t>(pairs) * sizeof(int));
+        tiles = take(static_cast<std::size_t>(expert_order::most_tiles(pairs, experts)) * sizeof(row_tile));
+        tile_count = take(sizeof(int));
+    }
+
+private:
+    std::size_t take(std::size_t bytes) {
+        const std::size_t at = used;
+        used += (bytes + 1023) / 1024 * 1024;
+        return at;
+    }
+};
+
+}  // namespace keel::cuda_launch::detail
+
+namespace keel::cuda_launch {
+
+inline std::size_t feed_forward_bytes(int rows, int k, int experts, int hidden, int width) {
+    return detail::feed_forward_plan(rows, k, experts, hidden, width).used;
+}
+
+inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stream) {
+    using namespace detail;
+    const bool choice = args.chosen != nullptr;
+    const int hidden = args.gate.columns, width = args.gate.rows, experts = choice ? args.gate.count : 0;
+    if (args.rows == 0) return cudaSuccess;
+    if (args.gate.type != args.up.type || experts > most_experts || (choice && hidden % 4 != 0)) {
+        return cudaErrorNotSupported;
+    }
+    const feed_forward_plan plan(args.rows, args.k, experts, hidden, width);
+    unsigned char* const memory = static_cast<unsigned char*>(args.workspace);
+    const int pairs = args.rows * args.k;
+    const int positions = choice ? expert_order::positions(pairs, experts) : args.rows;
+    prepared x(memory + plan.rows, args.rows, hidden);
+    const prepared inner(memory + plan.hidden, positions, width);
+    cudaError_t error = prepare_rows(args.x, args.x_row, args.rows, hidden, x, stream);
+    if (error != cudaSuccess) return error;
+
+    tiling tiles{nullptr, nullptr, args.rows};
+    int most_tiles = (args.rows + tile_rows - 1) / tile_rows;
+    expert_order order{};
+    if (choice) {
+        order = {reinterpret_cast<int*>(memory + plan.pair), reinterpret_cast<int*>(memory + plan.position),
+                 reinterpret_cast<row_tile*>(memory + plan.tiles), reinterpret_cast<int*>(memory + plan.tile_count)};
+        sort_kernel<<<1, 1024, 0, stream>>>(args.chosen, args.chosen_row, args.rows, args.k, experts, order);
+        const prepared sorted(memory + plan.sorted, positions, hidden);
+        spread_kernel<<<static_cast<unsigned>((pairs + 7) / 8), 256, 0, stream>>>(x, sorted, order.position, pairs,
+                                                                                  args.k);
+        x = sorted;
+        tiles = {order.tiles, order.tile_count, 0};
+        most_tiles = expert_order::most_tiles(pairs, experts);
+    }
+    const dim3 grid(static_cast<unsigned>(groups_of(width)), static_cast<unsigned>(most_tiles));
+    error = visit_layout(args.gate.type, [&]<layout L>() {
+        return start_products(gated_kernel<L>, grid, gated_arguments{x, tiles, 0, args.gate, args.up, inner}, stream);
+    });
+    if (error != cudaSuccess) return error;
+
+    float* const outputs = reinterpret_cast<float*>(memory + plan.outputs);
+    product_target down{args.down, args.out, args.out_row, args.accumulate, 0, 0};
+    if (choice) down = {args.down, outputs, hidden, 0, 0, 0};
+    const product_arguments arguments{inner, tiles, order.pair, 1.0f, 0, 0, {}};
+    error = start_all_products(arguments, &down, 1, most_tiles, stream);
+    if (error != cudaSuccess || !choice) return error;
+    join_kernel<<<dim3(static_cast<unsigned>((hidden + 1023) / 1024), static_cast<unsigned>(args.rows)), 256, 0,
+                  stream>>>(outputs, args.weights, args.weights_row, args.k, hidden, args.out, args.out_row,
+                            args.accumulate);
+    return cudaGetLastError();
+}
+
+}  // namespace keel::cuda_launch

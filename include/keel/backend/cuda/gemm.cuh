@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: MIT
+//
+// Products of many rows of activations with quantised weights on tensor cores.
+//
+// Activations are converted once, to halves with a power of two per row, and laid out as products read them:
+//   values [groups of 128 columns][tiles of 8 rows][2 halves of the columns][8 rows][64 halves]
+// so that a block fetches 64 or 128 rows of a group with one copy of consecutive bytes. Within a group, the order of
+// columns is the one in which threads hold weights: thread c of four holds elements [32 c, 32 c + 32) of its row, a
+// unit of launch.hpp, and step s of 16 columns takes elements 2s, 2s+1, 16+2s, 17+2s of each of these four units. The
+// 16-byte pieces of a row are swizzled as wgmma.cuh says.
+//
+// A block of two warpgroups computes 256 rows of W with up to 128 rows of activations. Weights go from memory to
+// registers one group ahead, become halves there, and are the left operand: they never visit shared memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <keel/backend/cuda/halves.cuh>
+#include <keel/backend/cuda/launch_prefill.hpp>
+#include <keel/backend/cuda/mma.cuh>
+#include <keel/backend/cuda/wgmma.cuh>
+
+namespace keel::cuda_launch::detail {
+
+inline constexpr int group_columns = 128;
+inline constexpr int tile_rows = 128;                      // of activations that a block works on
+inline constexpr int block_rows = 256;                     // of W that a block works on
+inline constexpr int eight_bytes = 8 * group_columns * 2;  // of 8 rows of a group
+inline constexpr int stage_bytes = tile_rows / 8 * eight_bytes;
+
+__host__ __device__ constexpr int groups_of(int columns) { return (columns + group_columns - 1) / group_columns; }
+
+/// Rows in the order and the type of products. There is room for tile_rows more, which a last tile may read.
+struct prepared {
+    unsigned char* values;
+    float* scale;  // a row times this is what was converted
+    int groups;
+    int eights;  // tiles of 8 rows of a group, room included
+
+    __host__ __device__ prepared(void* memory, int rows, int columns)
+        : scale(static_cast<float*>(memory)), groups(groups_of(columns)), eights((rows + tile_rows + 7) / 8) {
+        values = reinterpret_cast<unsigned char*>(scale) + (static_cast<std::size_t>(eights) * 32 + 1023) / 1024 * 1024;
+    }
+    __host__ __device__ static std::size_t bytes(int rows, int columns) {
+        const auto eights = static_cast<std::size_t>((rows + tile_rows + 7) / 8);
+        return (eights * 32 + 1023) / 1024 * 1024 + eights * static_cast<std::size_t>(groups_of(columns)) * eight_bytes;
+    }
+    __device__ unsigned char* tile(int group, int row) const {
+        return values + (static_cast<std::size_t>(group) * eights + row / 8) * eight_bytes;
+    }
+    /// Piece p (of 16) of a row's group: 8 halves.
+    __device__ uint4* piece(int group, int row, int p) const {
+        return reinterpret_cast<uint4*>(tile(group, row) + p / 8 * 1024 + row % 8 * 128) + (p % 8 ^ row % 8);
+    }
+};
+
+/// One warp converts one row: `at(column)` gives two neighbouring elements, of which those behind the end are 0.
+template <class At>
+__device__ void prepare_row(const prepared& out, int row, int columns, int lane, At&& at) {
+    float largest = 0;
+    for (int i = 2 * lane; i < columns; i += 64) {
+        const float2 x = at(i);
+        largest = fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y)));
+    }
+    for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+    // The largest element lands between 1024 and 2048: far from overflow, and small ones keep their bits.
+    const int exponent = largest > 0x1p-100f && largest < 0x1p100f ? ilogbf(largest) - 10 : 0;
+    const float factor = ldexpf(1.0f, -exponent);
+    if (lane == 0) out.scale[row] = ldexpf(1.0f, exponent);
+    for (int group = lane / 16; group < out.groups; group += 2) {
+        const int p = lane % 16;
+        std::uint32_t pairs[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const float2 x = at(group * group_columns + 32 * c + 16 * (p % 2) + p / 2 * 2);
+            pairs[c] = pack(x.x * factor, x.y * factor);
+        }
+        *out.piece(group, row, p) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    }
+}
+
+__global__ void __launch_bounds__(256)
+    prepare_kernel(const float* x, long long x_row, int rows, int columns, prepared out) {
+    const int row = static_cast<int>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x) / 32;
+    if (row >= rows) return;
+    const float* const from = x + row * x_row;
+    prepare_row(out, row, columns, static_cast<int>(threadIdx.x) % 32, [&](int i) {
+        return i + 1 < columns ? *reinterpret_cast<const float2*>(from + i)
+                               : float2{i < columns ? from[i] : 0.0f, 0.0f};
+    });
+}
+
+/// Rows of prepared activations that meet the same matrix.
+struct row_tile {
+    int matrix, first, rows;
+};
+
+/// Which tiles a launch works on: those of a list on the device, or all rows of matrix 0.
+struct tiling {
+    const row_tile* list;
+    const int* count;
+    int rows;
+
+    __device__ bool get(int i, row_tile& tile) const {
+        if (list == nullptr) {
+            tile = {0, i * tile_rows, min(tile_rows, rows - i * tile_rows)};
+            return tile.rows > 0;
+        }
+        if (i >= *count) return false;
+        tile = list[i];
+        return true;
+    }
+};
+
+/// The ring through which activations come to a block. Used by two warpgroups.
+struct tile_ring {
+    static constexpr int most = 6;
+    barrier full[most], empty[most];
+};
+
+inline constexpr int ring_bytes = 1024;  // barriers, before the stages
+
+struct block_state {
+    unsigned char* stages;
+    tile_ring* ring;
+    int depth;
+};
+
+/// acc[m] += rows of two matrices, `from[m][r]` for rows g and g + 8 of the 16 of this warp, times N rows of x from
+/// `first` on. All threads of the block take part.
+template <int N, layout L>
+__device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* const (&from)[2][2], int columns,
+                              const prepared& x, int first, const block_state& block) {
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, quad = lane % 4;
+    const int units = (columns + 31) / 32, groups = groups_of(columns);
+    const auto fetch = [&](int group, int slot) {
+        const stage_copy copy{block.ring->full[slot], lane};
+        copy.begin(N / 8 * eight_bytes);
+        copy.whole(block.stages + slot * stage_bytes, x.tile(group, first), N / 8 * eight_bytes);
+        copy.end();
+    };
+    if (warp == 0) {
+        for (int group = 0; group < min(block.depth, groups); ++group) fetch(group, group);
+    }
+    weight_unit<L> unit[2][2];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) unit[m][r].load(from[m][r], units, quad, columns);
+    }
+    std::uint32_t a[2][4][4];
+    int slot = 0, phase = 0;
+    for (int group = 0; group < groups; ++group) {
+        block.ring->full[slot].wait(phase);
+        const std::uint32_t stage = shared_address(block.stages + slot * stage_bytes);
+#pragma unroll
+        for (int batch = 0; batch < 4; ++batch) {  // of four steps: matrix batch / 2, columns batch % 2
+            const int m = batch / 2;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const half_steps w = unit[m][r].steps(batch % 2);
+#pragma unroll
+                for (int s = 0; s < 4; ++s) {
+                    a[batch % 2][s][r] = w.low[s];
+                    a[batch % 2][s][2 + r] = w.high[s];
+                }
+            }
+            if (batch % 2 == 1) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) unit[m][r].load(from[m][r], units, 4 * (group + 1) + quad, columns);
+            }
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#pragma unroll
+            for (int i = 0; i < 16; ++i) settle(a[batch % 2][i / 4][i % 4]);
+            wgmma_wait<0>();
+#endif
+            if (batch == 0 && group > 0 && lane == 0) {  // the previous group is finished
+                block.ring->empty[slot == 0 ? block.depth - 1 : slot - 1].arrive();
+            }
+            if (batch == 0 && warp == 0 && group > 1 && group + block.depth - 2 < groups) {
+                const int free = slot < 2 ? slot + block.depth - 2 : slot - 2;  // its stage served two groups ago
+                block.ring->empty[free].wait(slot < 2 ? phase ^ 1 : phase);
+                fetch(group + block.depth - 2, free);
+            }
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+            wgmma_fence();
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+                wgmma(acc[m], a[batch % 2][s], describe(stage + batch % 2 * 1024 + s * 32, eight_bytes));
+            }
+            wgmma_commit();
+#else
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+#pragma unroll
+                for (int j = 0; j < N / 8; j += 2) {
+                    std::uint32_t b[4];
+                    const int row = lane % 8, p = (2 * s + lane / 8 % 2) ^ row;
+                    load_matrices(b, stage + (j + lane / 16) * eight_bytes + batch % 2 * 1024 + row * 128 + p * 16);
+                    multiply(acc[m][j], a[batch % 2][s], b[0], b[1]);
+                    multiply(acc[m][j + 1], a[batch % 2][s], b[2], b[3]);
+                }
+            }
+#endif
+        }
+        if (++slot == block.depth) slot = 0, phase ^= 1;
+    }
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wgmma_wait<0>();
+#endif
+}
+
+/// Before multiply_tile: the stages lie in dynamic shared memory, behind the barriers, on 1024 bytes.
+__device__ inline block_state start_block(int depth) {
+    extern __shared__ uint4 dynamic_memory[];
+    const std::uint32_t from = shared_address(dynamic_memory);
+    unsigned char* const memory =
+        reinterpret_cast<unsigned char*>(dynamic_memory) + ((from + 1023) / 1024 * 1024 - from);
+    const block_state block{memory + ring_bytes, reinterpret_cast<tile_ring*>(memory), depth};
+    if (static_cast<int>(threadIdx.x) < depth) {
+        block.ring->full[threadIdx.x].init(stage_copy::arrivals);
+        block.ring->empty[threadIdx.x].init(8);
+    }
+    publish_to_copies();
+    __syncthreads();
+    return block;
+}
+
+/// A matrix among the products of a launch.
+struct product_target {
+    matrix weight;
+    void* out;
+    long long row;
+    int accumulate;
+    int half;         // whether `out` is halves instead of floats
+    int first_block;  // in blocks of 256 rows of W, of the launch
+};
+
+struct product_arguments {
+    prepared x;
+    tiling tiles;
+    const int* out_rows;  // null, or the row of `out` for each row of x
+    float factor;
+    int depth;
+    int products;
+    product_target list[matvec_args::most];
+};
+
+template <int N, layout L>
+__device__ void product_tile(const product_arguments& args, const product_target& target, const row_tile& tile,
+                             int first_row, const block_state& block) {
+    const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, quad = thread % 4;
+    const int mine = first_row + thread / 128 * 128 + thread % 128 / 32 * 16 + group;
+    const unsigned char* from[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = min(mine + i / 2 * 64 + i % 2 * 8, target.weight.rows - 1);
+        from[i / 2][i % 2] = target.weight.data + (static_cast<std::size_t>(tile.matrix) * target.weight.rows + row) *
+                                                      static_cast<std::size_t>(target.weight.row_bytes);
+    }
+    float acc[2][N / 8][4] = {};
+    multiply_tile<N, L>(acc, from, target.weight.columns, args.x, tile.first, block);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int token = 8 * j + 2 * quad + e;
+            if (token >= tile.rows) continue;
+            const int position = tile.first + token;
+            const float scale = args.x.scale[position] * args.factor;
+            const long long to = (args.out_rows == nullptr ? position : args.out_rows[position]) * target.row;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = mine + i / 2 * 64 + i % 2 * 8;
+                if (row >= target.weight.rows) continue;
+                const float y = acc[i / 2][j][i % 2 * 2 + e] * scale;
+                if (target.half) {
+                    static_cast<__half*>(target.out)[to + row] = __float2half_rn(y);
+                } else {
+                    float* const out = static_cast<float*>(target.out) + to + row;
+                    *out = target.accumulate ? *out + y : y;
+                }
+            }
+        }
+    }
+}
+
+/// Grid: (blocks of 256 rows of W over all products, tiles).
+template <layout L>
+__global__ void __launch_bounds__(256, 1) product_kernel(const __grid_constant__ product_arguments args) {
+    row_tile tile;
+    if (!args.tiles.get(static_cast<int>(blockIdx.y), tile)) return;
+    int which = 0;
+    while (which + 1 < args.products && static_cast<int>(blockIdx.x) >= args.list[which + 1].first_block) ++which;
+    const product_target& target = args.list[which];
+    const int first_row = (static_cast<int>(blockIdx.x) - target.first_block) * block_rows;
+    const block_state block = start_block(args.depth);
+    if (tile.rows > 64) {
+        product_tile<128, L>(args, target, tile, first_row, block);
+    } else {
+        product_tile<64, L>(args, target, tile, first_row, block);
+    }
+}
+
+/// How many stages fit into a block's shared memory, and starts a kernel with them.
+template <class Arguments>
+cudaError_t start_products(void (*kernel)(Arguments), dim3 grid, Arguments args, cudaStream_t stream) {
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    args.depth = std::min((most - 2 * ring_bytes) / stage_bytes, tile_ring::most);
+    const int bytes = 2 * ring_bytes + args.depth * stage_bytes;
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess || grid.x == 0 || grid.y == 0) return error;
+    kernel<<<grid, 256, static_cast<std::size_t>(bytes), stream>>>(args);
+    return cudaGetLastError();
+}
+
+/// All products of a list that share a layout, in one launch per layout.
+inline cudaError_t start_all_products(product_arguments args, const product_target* list, int count, int tiles,
+                                      cudaStream_t stream) {
+    for (int type = 0; type <= static_cast<int>(layout::wide); ++type) {
+        args.products = 0;
+        int blocks = 0;
+        for (int i = 0; i < count; ++i) {
+            if (list[i].weight.type != static_cast<layout>(type)) continue;
+            args.list[args.products] = list[i];
+            args.list[args.products++].first_block = blocks;
+            blocks += (list[i].weight.rows + block_rows - 1) / block_rows;
+        }
+        if (args.products == 0) continue;
+        const cudaError_t error = visit_layout(static_cast<layout>(type), [&]<layout L>() {
+            return start_products(product_kernel<L>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles)),
+                                  args, stream);
+        });
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+}
+
+inline cudaError_t prepare_rows(const float* x, long long x_row, int rows, int columns, const prepared& out,
+                                cudaStream_t stream) {
+    prepare_kernel<<<static_cast<unsigned>((rows + 7) / 8), 256, 0, stream>>>(x, x_row, rows, columns, out);
+    return cudaGetLastError();
+}
+
+}  // namespace keel::cuda_launch::detail
+
+namespace keel::cuda_launch {
+
+inline std::size_t products_bytes(int rows, int columns) { return detail::prepared::bytes(rows, columns); }
+
+inline cudaError_t products(const products_args& args, cudaStream_t stream) {
+    if (args.count > matvec_args::most) return cudaErrorInvalidValue;
+    if (args.rows == 0 || args.count == 0) return cudaSuccess;
+    const detail::prepared x(args.workspace, args.rows, args.columns);
+    const cudaError_t error = detail::prepare_rows(args.x, args.x_row, args.rows, args.columns, x, stream);
+    if (error != cudaSuccess) return error;
+    detail::product_target list[matvec_args::most];
+    for (int i = 0; i < args.count; ++i) {
+        const product& p = args.list[i];
+        list[i] = {p.weight, p.out, p.out_row, p.accumulate, 0, 0};
+    }
+    detail::product_arguments arguments{x, {nullptr, nullptr, args.rows}, nullptr, 1.0f, 0, 0, {}};
+    const int tiles = (args.rows + detail::tile_rows - 1) / detail::tile_rows;
+    return detail::start_all_products(arguments, list, args.count, tiles, stream);
+}
+
+}  // namespace keel::cuda_launch

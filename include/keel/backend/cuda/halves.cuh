@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: MIT
+//
+// Weights as pairs of halves, for tensor core products. A thread takes a unit of 32 elements of a row; step s of 8
+// needs its elements 2s, 2s+1 (`low`) and 16+2s, 17+2s (`high`): where the layouts of launch.hpp keep nibbles, these
+// are the two halves of the same bytes. Codes become halves exactly: 0x64 above a byte q is the half 1024 + q.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_fp16.h>
+
+#include <keel/backend/cuda/formats.cuh>
+#include <keel/backend/cuda/mma.cuh>
+
+namespace keel::cuda_launch::detail {
+
+__device__ inline __half2 as_half2(std::uint32_t bits) { return *reinterpret_cast<const __half2*>(&bits); }
+__device__ inline std::uint32_t as_bits(__half2 h) { return *reinterpret_cast<const std::uint32_t*>(&h); }
+__device__ inline __half2 both(float x) { return __float2half2_rn(x); }
+
+/// Bytes 2 i and 2 i + 1 of a word, q, as 1024 + q.
+__device__ inline std::uint32_t byte_pair(std::uint32_t word, int i) {
+    return __byte_perm(word, 0x64646464u, i == 0 ? 0x4140 : 0x4342);
+}
+
+/// Four steps: pairs of halves of both parts of a unit.
+struct half_steps {
+    std::uint32_t low[4], high[4];
+};
+
+/// scale * (q + offset - 1024) - minimum, where a byte pair gave 1024 + q.
+struct half_scale {
+    __half2 scale, minus_minimum, offset;
+    __device__ std::uint32_t operator()(std::uint32_t pair) const {
+        return as_bits(__hfma2(__hadd2(as_half2(pair), offset), scale, minus_minimum));
+    }
+};
+struct half_scale_only {
+    __half2 scale, offset;
+    __device__ std::uint32_t operator()(std::uint32_t pair) const {
+        return as_bits(__hmul2(__hadd2(as_half2(pair), offset), scale));
+    }
+};
+
+/// Steps [4 part, 4 part + 4) of codes in bytes.
+template <class Low, class High>
+__device__ half_steps bytes_to_halves(const unsigned (&a)[4], const unsigned (&b)[4], int part, const Low& low,
+                                      const High& high) {
+    half_steps out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        out.low[i] = low(byte_pair(a[2 * part + i / 2], i % 2));
+        out.high[i] = high(byte_pair(b[2 * part + i / 2], i % 2));
+    }
+    return out;
+}
+
+/// A unit of a row: load() as early as may be, then steps() twice.
+template <layout L>
+struct weight_unit {
+    using format = cuda_kernels::format<L>;
+    typename format::piece piece{};
+
+    __device__ void load(const unsigned char* row, int units, int unit, int) {
+        if (unit < units) {
+            piece = format::load(row, units, unit);
+        } else {
+            piece = {};
+        }
+    }
+    __device__ half_steps steps(int part) const;
+};
+
+template <>
+__device__ inline half_steps weight_unit<layout::q4_k>::steps(int part) const {
+    const std::uint32_t words[4] = {piece.codes.x, piece.codes.y, piece.codes.z, piece.codes.w};
+    const __half2 scale = both(piece.scales.scale()), minus = both(-piece.scales.minimum());
+    half_steps out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const std::uint32_t pair = byte_pair(words[2 * part + i / 2], i % 2);
+        const __half2 low = __hadd2(as_half2(pair & 0xFF0FFF0Fu), both(-1024.0f));
+        const __half2 high = __hfma2(as_half2(pair & 0xFFF0FFF0u), both(0.0625f), both(-64.0f));
+        out.low[i] = as_bits(__hfma2(low, scale, minus));
+        out.high[i] = as_bits(__hfma2(high, scale, minus));
+    }
+    return out;
+}
+
+template <>
+__device__ inline half_steps weight_unit<layout::q5_k>::steps(int part) const {
+    unsigned a[4], b[4];
+    piece.unpack(a, b);
+    const half_scale value{both(piece.scales.scale()), both(-piece.scales.minimum()), both(-1024.0f)};
+    return bytes_to_halves(a, b, part, value, value);
+}
+
+template <>
+__device__ inline half_steps weight_unit<layout::q6_k>::steps(int part) const {
+    unsigned a[4], b[4];
+    piece.unpack(a, b);
+    const float d = cuda_kernels::half_bits(piece.factor);
+    const __half2 offset = both(-1056.0f);
+    return bytes_to_halves(a, b, part, half_scale_only{both(d * static_cast<float>(piece.scale(0))), offset},
+                           half_scale_only{both(d * static_cast<float>(piece.scale(1))), offset});
+}
+
+/// Signed bytes as unsigned ones, 128 larger.
+__device__ inline void make_unsigned(unsigned (&a)[4], unsigned (&b)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] ^= 0x80808080u, b[i] ^= 0x80808080u;
+}
+
+template <>
+__device__ inline half_steps weight_unit<layout::q8_0>::steps(int part) const {
+    unsigned a[4], b[4];
+    piece.codes.unpack(a, b);
+    make_unsigned(a, b);
+    const half_scale_only value{both(cuda_kernels::half_bits(piece.scale)), both(-1152.0f)};
+    return bytes_to_halves(a, b, part, value, value);
+}
+
+template <>
+__device__ inline half_steps weight_unit<layout::wide>::steps(int part) const {
+    unsigned a[4], b[4];
+    piece.codes.unpack(a, b);
+    make_unsigned(a, b);
+    const __half2 offset = both(-1152.0f);
+    const uint4& s = piece.scales;
+    return bytes_to_halves(a, b, part, half_scale{both(__uint_as_float(s.x)), both(-__uint_as_float(s.y)), offset},
+                           half_scale{both(__uint_as_float(s.z)), both(-__uint_as_float(s.w)), offset});
+}
+
+/// Elements are loaded when they are needed: 64 or 128 bytes of a unit would take too many registers.
+template <int ElementBytes>
+struct element_unit {
+    const unsigned char* from;
+    int left;  // elements of the row from here on
+
+    __device__ void load(const unsigned char* row, int, int unit, int columns) {
+        from = row + unit * 32 * ElementBytes;
+        left = columns - unit * 32;
+    }
+    /// 16 bytes from element i on.
+    __device__ uint4 piece(int i) const {
+        return i < left ? cuda_kernels::load_weights16(from + i * ElementBytes) : uint4{0, 0, 0, 0};
+    }
+};
+
+template <>
+struct weight_unit<layout::f16> : element_unit<2> {
+    __device__ half_steps steps(int part) const {
+        const uint4 low = piece(8 * part), high = piece(16 + 8 * part);
+        return {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
+    }
+};
+
+template <>
+struct weight_unit<layout::bf16> : element_unit<2> {
+    __device__ static std::uint32_t convert(std::uint32_t pair) {
+        return pack(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+    }
+    __device__ half_steps steps(int part) const {
+        const uint4 low = piece(8 * part), high = piece(16 + 8 * part);
+        return {{convert(low.x), convert(low.y), convert(low.z), convert(low.w)},
+                {convert(high.x), convert(high.y), convert(high.z), convert(high.w)}};
+    }
+};
+
+template <>
+struct weight_unit<layout::f32> : element_unit<4> {
+    __device__ void four(int i, std::uint32_t& first, std::uint32_t& second) const {
+        const uint4 v = piece(i);
+        first = pack(__uint_as_float(v.x), __uint_as_float(v.y));
+        second = pack(__uint_as_float(v.z), __uint_as_float(v.w));
+    }
+    __device__ half_steps steps(int part) const {
+        half_steps out;
+        four(8 * part, out.low[0], out.low[1]);
+        four(8 * part + 4, out.low[2], out.low[3]);
+        four(16 + 8 * part, out.high[0], out.high[1]);
+        four(20 + 8 * part, out.high[2], out.high[3]);
+        return out;
+    }
+};
+
+/// Calls f.template operator()<L>() with a layout as a constant.
+template <class F>
+cudaError_t visit_layout(layout type, F&& f) {
+    switch (type) {
+        case layout::f32:
+            return f.template operator()<layout::f32>();
+        case layout::f16:
+            return f.template operator()<layout::f16>();
+        case layout::bf16:
+            return f.template operator()<layout::bf16>();
+        case layout::q8_0:
+            return f.template operator()<layout::q8_0>();
+        case layout::q4_k:
+            return f.template operator()<layout::q4_k>();
+        case layout::q5_k:
+            return f.template operator()<layout::q5_k>();
+        case layout::q6_k:
+            return f.template operator()<layout::q6_k>();
+        case layout::wide:
+            return f.template operator()<layout::wide>();
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace keel::cuda_launch::detail
