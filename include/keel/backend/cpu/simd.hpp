@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#include <keel/backend/cpu/intrinsics.hpp>  // first, see there
+
 #include <xsimd/xsimd.hpp>
 
 #include <keel/core/compiler.hpp>
@@ -23,12 +26,6 @@ inline constexpr index lanes = static_cast<index>(floats::size);
 inline floats load(const float* p) { return floats::load_unaligned(p); }
 inline void store(float* p, floats x) { x.store_unaligned(p); }
 
-/// The first n < lanes elements, and zeros.
-inline floats load_first(const float* p, index n) {
-    alignas(64) float padded[floats::size] = {};
-    std::memcpy(padded, p, static_cast<std::size_t>(n) * sizeof(float));
-    return floats::load_aligned(padded);
-}
 inline void store_first(float* p, floats x, index n) {
     alignas(64) float padded[floats::size];
     x.store_aligned(padded);
@@ -59,6 +56,14 @@ inline floats load(const bf16* p) {
     for (index i = 0; i < lanes; ++i) wide[i] = to_float(p[i]);
     return floats::load_aligned(wide);
 #endif
+}
+
+/// The first n < lanes elements, and zeros.
+template <class T>
+floats load_first(const T* p, index n) {
+    T padded[floats::size] = {};
+    std::memcpy(padded, p, static_cast<std::size_t>(n) * sizeof(T));
+    return load(padded);
 }
 
 /// Nearest, ties to even.

@@ -24,11 +24,8 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include <keel/backend/batch.hpp>
+#include <keel/backend/cpu/intrinsics.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/view.hpp>
 

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT
+//
+// Gated feed-forward networks, one or many: rows are sorted by expert, so that the rows of an expert form one product.
+// Two jobs, however many experts there are: gate and up with the activation between them, then down with the weights.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include <keel/backend/concept.hpp>
+#include <keel/backend/cpu/matmul.hpp>
+#include <keel/backend/cpu/simd.hpp>
+#include <keel/backend/cpu/threads.hpp>
+#include <keel/core/arena.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/quant.hpp>
+#include <keel/core/view.hpp>
+
+namespace keel::inline KEEL_ABI {
+namespace detail {
+
+/// The rows of one expert.
+struct expert_task {
+    matrix_view gate, up, down;
+    index first;      // of its rows, in the order by expert
+    activations in;   // to gate and up
+    activations mid;  // to down
+
+    [[nodiscard]] index units() const { return (gate.rows + unit_rows - 1) / unit_rows; }
+    [[nodiscard]] index cost() const { return gate.row_bytes() + gate.columns * in.count / 8; }
+};
+
+/// Where the products of the experts come from and go to; rows in the order by expert.
+struct expert_rows {
+    view<const float, 2> x;
+    const index* token;   // row of x and of out
+    const float* weight;  // null: all 1
+    view<float, 2> out;
+    bool accumulate;  // add to what `out` holds
+};
+
+/// Takes the bytes of one of the activations of each task, and fills them.
+inline void quantise_tasks(view<expert_task, 1> tasks, activations expert_task::*member, index columns,
+                           thread_pool& pool, arena& memory) {
+    const activations& any = tasks[0].*member;
+    const expert_task& last = tasks[tasks.extent[0] - 1];
+    const index rows = last.first + last.in.count;
+    // Few rows of one token's experts are the same row: quantised once.
+    const bool shared = any.source != nullptr && std::any_of(tasks.data, tasks.data + tasks.extent[0],
+                                                             [](const expert_task& task) { return task.in.few(); });
+    const byte_rows all = shared ? byte_rows::take(memory, any.x.extent[0], columns) : byte_rows{};
+    for (index i = 0; i < tasks.extent[0]; ++i) {
+        activations& in = tasks[i].*member;
+        if (shared && in.few()) {
+            in.rows = all;
+        } else {
+            take_bytes(in, columns, memory);
+        }
+    }
+    const auto fill = [&](int share, int shares) {
+        if (shared) {
+            const row_range mine = share_of(any.x.extent[0], share, shares);
+            for (index r = mine.first; r < mine.first + mine.count; ++r) all.quantise(r, any.x[r].data);
+        }
+        const row_range mine = share_of(rows, share, shares);
+        for (index i = 0; i < tasks.extent[0]; ++i) {
+            const activations& in = tasks[i].*member;
+            if (shared && in.few()) continue;
+            const index end = std::min(tasks[i].first + in.count, mine.first + mine.count);
+            for (index r = std::max(tasks[i].first, mine.first); r < end; ++r) quantise_row(in, r - tasks[i].first);
+        }
+    };
+    if (rows * columns < worth_a_job) {
+        fill(0, 1);
+    } else {
+        pool.parallel(fill);
+    }
+}
+
+/// mid = silu(gate x) * (up x), for all tasks in one job.
+inline void gate_and_up(std::span<const expert_task> tasks, view<float, 2> mid, precision wanted, thread_pool& pool,
+                        arena& memory) {
+    index most = 0;
+    for (const expert_task& task : tasks) most = std::max(most, task.in.count);
+    const arena::scope scope(memory);
+    const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(tasks.front().gate.columns));
+    const auto gates = memory.take<float>(pool.size(), most, unit_rows);
+    const auto ups = memory.take<float>(pool.size(), most, unit_rows);
+    pool.parallel([&](int share, int shares) {
+        const arena own(scratch[share].data, scratch.extent[1]);
+        const auto store_in = [&](view<float, 2> to, index first) {
+            return [=](index n, index o, const float* values, index count) {
+                std::copy_n(values, count, &to(n, o - first));
+            };
+        };
+        for_units(tasks, share, shares, [&](const expert_task& task, row_range units) {
+            const row_range rows = rows_of_units(units, task.gate.rows);
+            for (index o = rows.first; o < rows.first + rows.count; o += unit_rows) {
+                const row_range unit{o, std::min(unit_rows, rows.first + rows.count - o)};
+                multiply_rows(wanted, task.gate, unit, task.in, own, store_in(gates[share], o));
+                multiply_rows(wanted, task.up, unit, task.in, own, store_in(ups[share], o));
+                for (index n = 0; n < task.in.count; ++n) {
+                    const float* const gate = gates[share][n].data;
+                    const float* const up = ups[share][n].data;
+                    float* const to = &mid(task.first + n, o);
+                    simd::for_lanes(unit.count, [&](index i, auto load, auto store) {
+                        store(to + i, simd::silu(load(gate + i)) * load(up + i));
+                    });
+                }
+            }
+        });
+    });
+}
+
+/// out (+)= sum of weight (down mid), expert after expert; a share has some columns of out.
+inline void down(std::span<const expert_task> tasks, const expert_rows& rows, precision wanted, thread_pool& pool,
+                 arena& memory) {
+    const matrix_view& first = tasks.front().down;
+    const arena::scope scope(memory);
+    const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(first.columns));
+    pool.parallel([&](int share, int shares) {
+        const arena own(scratch[share].data, scratch.extent[1]);
+        const row_range mine = share_of(first.rows, share, shares, unit_rows);
+        if (mine.count == 0) return;
+        if (!rows.accumulate) {
+            for (index r = 0; r < rows.out.extent[0]; ++r) std::fill_n(&rows.out(r, mine.first), mine.count, 0.0f);
+        }
+        for (const expert_task& task : tasks) {
+            multiply_rows(wanted, task.down, mine, task.mid, own,
+                          [&](index n, index o, const float* values, index count) {
+                              const index row = task.first + n;
+                              const float weight = rows.weight == nullptr ? 1.0f : rows.weight[row];
+                              float* const out = &rows.out(rows.token == nullptr ? row : rows.token[row], o);
+                              for (index i = 0; i < count; ++i) out[i] += weight * values[i];
+                          });
+        }
+    });
+}
+
+/// Runs the tasks, whose gate, up, down, first and in.count are set.
+inline void feed_forward(view<expert_task, 1> tasks, const expert_rows& rows, precision wanted, thread_pool& pool,
+                         arena& memory) {
+    const expert_task& last = tasks[tasks.extent[0] - 1];
+    const index count = last.first + last.in.count;
+    const index width = last.gate.rows;
+    const std::span<const expert_task> all(tasks.data, static_cast<std::size_t>(tasks.extent[0]));
+    const auto mid = memory.take<float>(count, width);
+    for (index i = 0; i < tasks.extent[0]; ++i) {
+        expert_task& task = tasks[i];
+        task.in.x = rows.x;
+        if (rows.token != nullptr) task.in.source = rows.token + task.first;
+        task.mid = {.count = task.in.count, .x = mid.rows(task.first, task.in.count)};
+    }
+    {
+        const arena::scope scope(memory);
+        if (takes_bytes(wanted, last.gate.type) || takes_bytes(wanted, last.up.type)) {
+            quantise_tasks(tasks, &expert_task::in, last.gate.columns, pool, memory);
+        }
+        gate_and_up(all, mid, wanted, pool, memory);
+    }
+    if (takes_bytes(wanted, last.down.type)) quantise_tasks(tasks, &expert_task::mid, width, pool, memory);
+    down(all, rows, wanted, pool, memory);
+}
+
+}  // namespace detail
+
+/// Memory that swiglu (with one expert) and experts take from the workspace, for `pairs` pairs of a row and an expert
+/// of `width`.
+constexpr index experts_scratch_bytes(index rows, index pairs, index experts, index columns, index width, int threads) {
+    const auto bytes = [&](index widest) {
+        const index panels = std::min(pairs, detail::byte_panels::count(pairs) + experts);
+        return detail::byte_rows::bytes(rows, widest) + detail::byte_panels::bytes(panels, widest) +
+               std::min(pairs, experts) * 4 * arena::alignment;
+    };
+    const index each_expert = static_cast<index>(sizeof(detail::expert_task) + sizeof(index));
+    const index each_pair =
+        width * static_cast<index>(sizeof(float)) + static_cast<index>(sizeof(index) + sizeof(float));
+    const index each_thread = detail::product_scratch(std::max(columns, width)) +
+                              2 * rows * detail::unit_rows * static_cast<index>(sizeof(float));
+    return experts * each_expert + pairs * each_pair + threads * each_thread + std::max(bytes(columns), bytes(width)) +
+           16 * arena::alignment;
+}
+
+/// out (+)= W_down (silu(W_gate x) * (W_up x)).
+template <class Matrix>
+void swiglu(const swiglu_args<Matrix>& a, precision wanted, thread_pool& pool, arena& memory) {
+    const arena::scope scope(memory);
+    const auto task = memory.take<detail::expert_task>(1);
+    task[0] = {a.gate, a.up, a.down, 0, {.count = a.x.extent[0], .x = {}}, {}};
+    detail::feed_forward(task, {a.x, nullptr, nullptr, a.out, a.accumulate}, wanted, pool, memory);
+}
+
+/// out = sum over the chosen experts e of w_e swiglu_e(x), in the order of the experts' numbers.
+template <class Matrix>
+void experts(const experts_args<Matrix>& a, precision wanted, thread_pool& pool, arena& memory) {
+    const arena::scope scope(memory);
+    const index n = a.chosen.extent[0], k = a.chosen.extent[1], count = n * k;
+    const auto ends = memory.take<index>(a.gate.count);  // where the rows of each expert end, in the order by expert
+    std::fill_n(ends.data, ends.size(), index{0});
+    for (index r = 0; r < n; ++r) {
+        for (index slot = 0; slot < k; ++slot) ++ends[a.chosen(r, slot)];
+    }
+    index used = 0;
+    for (index e = 0, end = 0; e < a.gate.count; ++e) {
+        used += ends[e] > 0;
+        end += ends[e];
+        ends[e] = end;
+    }
+    if (used == 0) return;
+    const auto tasks = memory.take<detail::expert_task>(used);
+    for (index e = 0, task = 0, first = 0; e < a.gate.count; first = ends[e++]) {
+        if (ends[e] == first) continue;
+        tasks[task++] = {a.gate.matrix(e), a.up.matrix(e), a.down.matrix(e), first, {.count = ends[e] - first, .x = {}}, {}};
+    }
+    const auto source = memory.take<index>(count);
+    const auto weight = memory.take<float>(count);
+    for (index r = n - 1; r >= 0; --r) {
+        for (index slot = k - 1; slot >= 0; --slot) {
+            const index at = --ends[a.chosen(r, slot)];
+            source[at] = r;
+            weight[at] = a.weights(r, slot);
+        }
+    }
+    detail::feed_forward(tasks, {a.x, source.data, weight.data, a.out, false}, wanted, pool, memory);
+}
+
+}  // namespace keel::inline KEEL_ABI

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: MIT
+//
+// Products of weight rows with many activation rows, in bytes: a tile of weight rows is unpacked once, its rows side by
+// side in the lanes of a register, and then meets the activations of one panel after another, a value at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include <keel/backend/cpu/activations.hpp>
+#include <keel/backend/cpu/bytes.hpp>
+#include <keel/backend/cpu/codes.hpp>
+#include <keel/core/arena.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/quant.hpp>
+#include <keel/core/view.hpp>
+
+namespace keel::inline KEEL_ABI {
+namespace detail {
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+
+/// The arithmetic of a tile: one lane per weight row.
+struct tile_lanes {
+    static constexpr int rows = 16;
+    static constexpr int panel_step = 16;  // activation rows that share the weights in registers
+    using floats = __m512;
+    using ints = __m512i;
+
+    static floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, floats x) { _mm512_storeu_ps(p, x); }
+    static floats splat(float x) { return _mm512_set1_ps(x); }
+    static floats zero() { return _mm512_setzero_ps(); }
+    static floats multiply(floats a, floats b) { return _mm512_mul_ps(a, b); }
+    static floats fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static floats fnma(floats a, floats b, floats c) { return _mm512_fnmadd_ps(a, b, c); }
+    static ints load_codes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+    static ints no_sums() { return _mm512_setzero_si512(); }
+    static floats to_floats(ints x) { return _mm512_cvtepi32_ps(x); }
+
+    /// Adds to each lane the products of its four codes with four activations.
+    template <bool Signed>
+    static ints dot(ints sums, ints weights, const std::int8_t* x) {
+        static_assert(!Signed);
+        std::int32_t four;
+        std::memcpy(&four, x, sizeof(four));
+        return _mm512_dpbusd_epi32(sums, weights, _mm512_set1_epi32(four));
+    }
+
+    /// From 16 rows of 32 codes to 8 registers of 16 lanes with 4 codes each.
+    static void transpose(const std::uint8_t (*from)[part_columns], std::uint8_t* to) {
+        __m512i x[8], y[8];
+        for (int i = 0; i < 8; ++i) {  // rows 0-3 with 4-7 in the upper half; rows 8-11 with 12-15
+            const int row = i < 4 ? i : i + 4;
+            x[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load(from[row])), load(from[row + 4]), 1);
+        }
+        for (int i = 0; i < 8; i += 4) {
+            const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+            const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+            y[i] = _mm512_unpacklo_epi64(a, c);
+            y[i + 1] = _mm512_unpackhi_epi64(a, c);
+            y[i + 2] = _mm512_unpacklo_epi64(b, d);
+            y[i + 3] = _mm512_unpackhi_epi64(b, d);
+        }
+        for (int i = 0; i < 4; ++i) {  // 128 bits: columns i and i + 4 of rows 0-3, then of 4-7; and 8-11, 12-15
+            _mm512_storeu_si512(to + 64 * i, _mm512_shuffle_i32x4(y[i], y[i + 4], 0x88));
+            _mm512_storeu_si512(to + 64 * (i + 4), _mm512_shuffle_i32x4(y[i], y[i + 4], 0xDD));
+        }
+    }
+
+private:
+    static __m256i load(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+};
+
+#else
+
+struct tile_lanes {
+    static constexpr int rows = 8;
+    static constexpr int panel_step = 4;
+    using floats = simd::floats8;
+    using ints = simd::ints8;
+
+    static floats load(const float* p) { return simd::load_floats8(p); }
+    static void store(float* p, floats x) { simd::store_floats8(p, x); }
+    static floats splat(float x) { return simd::splat8(x); }
+    static floats zero() { return simd::splat8(0.0f); }
+    static floats multiply(floats a, floats b) { return a * b; }
+    static floats fma(floats a, floats b, floats c) { return simd::fma(a, b, c); }
+    static floats fnma(floats a, floats b, floats c) { return simd::fnma(a, b, c); }
+    static simd::bytes32 load_codes(const std::uint8_t* p) { return simd::load_bytes(p); }
+    static ints no_sums() { return simd::no_sums(); }
+    static floats to_floats(ints x) { return simd::to_floats(x); }
+
+    template <bool Signed>
+    static ints dot(ints sums, simd::bytes32 weights, const std::int8_t* x) {
+        return simd::dot4<Signed>(sums, weights, simd::repeat4(x));
+    }
+
+    static void transpose(const std::uint8_t (*from)[part_columns], std::uint8_t* to) {
+        for (int c = 0; c < part_columns / 4; ++c) {
+            for (int r = 0; r < rows; ++r) std::memcpy(to + (c * rows + r) * 4, from[r] + 4 * c, 4);
+        }
+    }
+};
+
+#endif
+
+/// Rows of a quantised matrix, unpacked. Per part of 32 columns: codes (8, rows, 4), scales and minimums (1 or 2
+/// groups, rows).
+struct weight_tile {
+    static constexpr index code_bytes = part_columns * tile_lanes::rows;
+
+    std::uint8_t* code;
+    float* scale;
+    float* min;
+
+    static weight_tile take(arena& memory, index columns) {
+        const index parts = columns / part_columns;
+        return {memory.take<std::uint8_t>(parts * code_bytes).data,
+                memory.take<float>(parts * 2 * tile_lanes::rows).data,
+                memory.take<float>(parts * 2 * tile_lanes::rows).data};
+    }
+    static constexpr index bytes(index columns) {
+        const index parts = columns / part_columns;
+        return parts * (code_bytes + 4 * tile_lanes::rows * static_cast<index>(sizeof(float))) + 3 * arena::alignment;
+    }
+
+    /// Unpacks `rows` rows (at most tile_lanes::rows; the rest of the tile repeats the last), the first at *w, `stride`
+    /// blocks apart.
+    template <class Block>
+    void unpack(const Block* w, index stride, int rows, index columns) const {
+        constexpr int groups = part_columns / codes<Block>::group;
+        alignas(64) std::uint8_t part_codes[span_parts][tile_lanes::rows][part_columns];
+        alignas(32) float factor[16], least[16];
+        for (index first = 0; first < columns / part_columns; first += span_parts) {
+            const int parts = static_cast<int>(std::min<index>(span_parts, columns / part_columns - first));
+            for (int lane = 0; lane < tile_lanes::rows; ++lane) {
+                const Block* const b = w + std::min(lane, rows - 1) * stride + first * part_columns / Block::elements;
+                span_factors(b, parts, factor, least);
+                for (int k = 0; k < parts * groups; ++k) {
+                    scale[(first * groups + k) * tile_lanes::rows + lane] = factor[k];
+                    if constexpr (has_minimums<Block>) min[(first * groups + k) * tile_lanes::rows + lane] = least[k];
+                }
+                unrolled<span_parts>([&]<int P>() {
+                    if (P < parts) simd::store_bytes(part_codes[P][lane], span_codes<Block, P>(b));
+                });
+            }
+            for (int p = 0; p < parts; ++p) tile_lanes::transpose(part_codes[p], code + (first + p) * code_bytes);
+        }
+    }
+};
+
+/// Rows of activations as bytes, in panels of 16 rows. Per panel and part of 32 columns: codes (16, 32), scales (16),
+/// and scale * (sum of codes) of the part (16) and of its halves (2, 16).
+struct byte_panels {
+    static constexpr int rows = 16;
+
+    index parts;
+    std::int8_t* code;
+    float* scale;
+    float* part_sum;
+    float* half_sum;
+
+    static constexpr index count(index n) { return (n + rows - 1) / rows; }
+
+    static byte_panels take(arena& memory, index panels, index columns) {
+        const index parts = columns / part_columns, slots = panels * rows;
+        return {parts, memory.take<std::int8_t>(slots * columns).data, memory.take<float>(slots * parts).data,
+                memory.take<float>(slots * parts).data, memory.take<float>(slots * parts * 2).data};
+    }
+    static constexpr index bytes(index panels, index columns) {
+        return panels * rows * (columns + columns / part_columns * 16) + 4 * arena::alignment;
+    }
+
+    /// The panels from number `first` on.
+    [[nodiscard]] byte_panels from(index first) const {
+        const index slots = first * rows * parts;
+        return {parts, code + slots * part_columns, scale + slots, part_sum + slots, half_sum + 2 * slots};
+    }
+
+    /// Fills slot `slot` of the first panel.
+    void quantise(int slot, const float* x) const {
+        for (index p = 0; p < parts; ++p) {
+            set(slot, p, quantise_part(x + p * part_columns, code + (p * rows + slot) * part_columns));
+        }
+    }
+    void clear(int slot) const {
+        for (index p = 0; p < parts; ++p) {
+            std::memset(code + (p * rows + slot) * part_columns, 0, part_columns);
+            set(slot, p, {0, {0, 0}});
+        }
+    }
+
+private:
+    void set(int slot, index p, const quantised_part& q) const {
+        scale[p * rows + slot] = q.scale;
+        part_sum[p * rows + slot] = q.half_sum[0] + q.half_sum[1];
+        half_sum[2 * p * rows + slot] = q.half_sum[0];
+        half_sum[(2 * p + 1) * rows + slot] = q.half_sum[1];
+    }
+};
+
+using tile_sums = float[byte_panels::rows][tile_lanes::rows];
+
+/// sums[t][r] = weight row r times activation row t, for T rows of the panel from `slot` on.
+template <class Block, int T>
+void multiply_tile(const weight_tile& w, const byte_panels& x, int slot, tile_sums& sums) {
+    using lanes = tile_lanes;
+    constexpr int groups = part_columns / codes<Block>::group;
+    constexpr int steps = part_columns / 4 / groups;
+    lanes::floats total[T];
+    for (auto& t : total) t = lanes::zero();
+    const float* const code_sum = groups == 1 ? x.part_sum : x.half_sum;
+    for (index p = 0; p < x.parts; ++p) {
+        const std::int8_t* const values = x.code + (p * byte_panels::rows + slot) * part_columns;
+        const float* const scale = x.scale + p * byte_panels::rows + slot;
+        for (int g = 0; g < groups; ++g) {
+            const std::uint8_t* const codes = w.code + p * weight_tile::code_bytes + g * steps * 4 * lanes::rows;
+            const lanes::floats factor = lanes::load(w.scale + (p * groups + g) * lanes::rows);
+            for (int t = 0; t < T; ++t) {
+                auto dots = lanes::no_sums();
+                for (int s = 0; s < steps; ++s) {
+                    dots = lanes::template dot<has_signed_codes<Block>>(
+                        dots, lanes::load_codes(codes + s * 4 * lanes::rows),
+                        values + t * part_columns + (g * steps + s) * 4);
+                }
+                total[t] =
+                    lanes::fma(lanes::to_floats(dots), lanes::multiply(factor, lanes::splat(scale[t])), total[t]);
+            }
+            if constexpr (has_minimums<Block>) {
+                const lanes::floats least = lanes::load(w.min + (p * groups + g) * lanes::rows);
+                const float* const s = code_sum + (p * groups + g) * byte_panels::rows + slot;
+                for (int t = 0; t < T; ++t) total[t] = lanes::fnma(least, lanes::splat(s[t]), total[t]);
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t) lanes::store(sums[slot + t], total[t]);
+}
+
+/// The same for the first `count` rows of the panel; what lies behind them in `sums` is not meant for use.
+template <class Block>
+void multiply_panel(const weight_tile& w, const byte_panels& x, int count, tile_sums& sums) {
+    int slot = 0;
+    for (; tile_lanes::panel_step == 16 && count - slot > 12; slot += 16) multiply_tile<Block, 16>(w, x, slot, sums);
+    for (; tile_lanes::panel_step == 16 && count - slot > 4; slot += 8) multiply_tile<Block, 8>(w, x, slot, sums);
+    for (; slot < count; slot += 4) multiply_tile<Block, 4>(w, x, slot, sums);
+}
+
+}  // namespace detail
+}  // namespace keel::inline KEEL_ABI

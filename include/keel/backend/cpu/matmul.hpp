@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: MIT
+//
+// Products of weights with activations: which kernel serves which, and how the rows of weights are shared out.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+#include <span>
+#include <type_traits>
+
+#include <keel/backend/concept.hpp>
+#include <keel/backend/cpu/activations.hpp>
+#include <keel/backend/cpu/codes.hpp>
+#include <keel/backend/cpu/dot.hpp>
+#include <keel/backend/cpu/gemm.hpp>
+#include <keel/backend/cpu/threads.hpp>
+#include <keel/core/arena.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/quant.hpp>
+#include <keel/core/view.hpp>
+
+namespace keel::inline KEEL_ABI {
+namespace detail {
+
+/// Up to how many rows of activations each row of weights is used as it lies; from there on tiles of weights are
+/// unpacked first.
+inline constexpr index few_rows = 4;
+
+/// Activations of a product. The bytes are there if the weights want them: as rows if there are few, in panels if there
+/// are many.
+struct activations {
+    index count = 0;         // rows of the product
+    view<const float, 2> x;  // row n of the product is row source[n] of x and of rows; without source it is row n
+    const index* source = nullptr;
+    byte_rows rows = {};
+    byte_panels panels = {};  // in the product's order
+
+    [[nodiscard]] bool few() const { return count <= few_rows; }
+    [[nodiscard]] index row(index n) const { return source == nullptr ? n : source[n]; }
+};
+
+/// Whether a product takes its activations in bytes.
+inline bool takes_bytes(precision wanted, dtype type) {
+    return wanted == precision::fast && info(type).block_elements > 1;
+}
+
+/// Memory that one thread needs for a product with `columns` columns.
+constexpr index product_scratch(index columns) {
+    const index rows_of_floats = 4 * columns * static_cast<index>(sizeof(float)) + arena::alignment;
+    return (std::max(rows_of_floats, weight_tile::bytes(columns)) + arena::alignment - 1) / arena::alignment *
+           arena::alignment;
+}
+
+/// Calls emit(n, first row, values, R) with the products of each activation row and R rows of weights in floats.
+template <class T, int R, class Emit>
+void multiply_floats(const T* const (&w)[R], index columns, const activations& in, index first, Emit&& emit) {
+    index n = 0;
+    const auto take = [&]<int N>() {
+        const float* x[N];
+        for (int i = 0; i < N; ++i) x[i] = in.x[in.row(n + i)].data;
+        float out[N][R];
+        dot_floats(w, x, columns, out);
+        for (int i = 0; i < N; ++i) emit(n + i, first, out[i], R);
+        n += N;
+    };
+    while (n + 4 <= in.count) take.template operator()<4>();
+    while (n < in.count) take.template operator()<1>();
+}
+
+/// The same for blocks and activations in bytes, few of them.
+template <class Block, int R, class Emit>
+void multiply_few(const Block* w, index stride, index columns, const activations& in, index first, Emit&& emit) {
+    index n = 0;
+    const auto take = [&]<int N>() {
+        index rows[N];
+        for (int i = 0; i < N; ++i) rows[i] = in.row(n + i);
+        float out[N][R];
+        dot_bytes<Block, R, N>(w, stride, columns, in.rows, rows, out);
+        for (int i = 0; i < N; ++i) emit(n + i, first, out[i], R);
+        n += N;
+    };
+    while (n + 4 <= in.count) take.template operator()<4>();
+    if (n + 2 <= in.count) take.template operator()<2>();
+    if (n < in.count) take.template operator()<1>();
+}
+
+/// Rows [range.first, + range.count) of W x for all activations: calls emit(n, o, values, count) with the products of
+/// activation row n and weight rows o to o + count - 1, each once.
+template <class Emit>
+void multiply_rows(precision wanted, const matrix_view& w, row_range range, const activations& in, arena scratch,
+                   Emit&& emit) {
+    const index last = range.first + range.count;
+    visit_blocks(w.type, [&]<class Block>() {
+        const auto* const blocks = reinterpret_cast<const Block*>(w.data);
+        const index stride = w.columns / Block::elements;
+        const auto for_rows = [&](auto&& f) {  // four at a time, then one
+            index o = range.first;
+            for (; o + 4 <= last; o += 4) f.template operator()<4>(o);
+            for (; o < last; ++o) f.template operator()<1>(o);
+        };
+        if constexpr (is_float_block<Block>) {
+            using T = std::remove_cvref_t<decltype(Block{}.value.get())>;
+            for_rows([&]<int R>(index o) {
+                const T* rows[R];
+                for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const T*>(w.row(o + r));
+                multiply_floats(rows, w.columns, in, o, emit);
+            });
+        } else if (!takes_bytes(wanted, w.type)) {
+            float* const decoded = scratch.take<float>(4, w.columns).data;
+            for_rows([&]<int R>(index o) {
+                const float* rows[R];
+                for (int r = 0; r < R; ++r) {
+                    decode_columns(blocks + (o + r) * stride, decoded + r * w.columns, w.columns);
+                    rows[r] = decoded + r * w.columns;
+                }
+                multiply_floats(rows, w.columns, in, o, emit);
+            });
+        } else if (in.few()) {
+            for_rows(
+                [&]<int R>(index o) { multiply_few<Block, R>(blocks + o * stride, stride, w.columns, in, o, emit); });
+        } else {
+            const weight_tile tile = weight_tile::take(scratch, w.columns);
+            alignas(64) tile_sums sums;
+            for (index o = range.first; o < last; o += tile_lanes::rows) {
+                const int rows = static_cast<int>(std::min<index>(tile_lanes::rows, last - o));
+                tile.unpack(blocks + o * stride, stride, rows, w.columns);
+                for (index p = 0; p < byte_panels::count(in.count); ++p) {
+                    const int count =
+                        static_cast<int>(std::min<index>(byte_panels::rows, in.count - p * byte_panels::rows));
+                    multiply_panel<Block>(tile, in.panels.from(p), count, sums);
+                    for (int t = 0; t < count; ++t) emit(p * byte_panels::rows + t, o, sums[t], rows);
+                }
+            }
+        }
+    });
+}
+
+/// Weight rows that are shared out together.
+inline constexpr index unit_rows = 16;
+
+/// A product as a part of a job.
+struct product {
+    matrix_view weight;  // one matrix
+    const activations* in;
+    view<float, 2> out;  // (in->count, rows of weight)
+    bool accumulate;
+
+    [[nodiscard]] index units() const { return (weight.rows + unit_rows - 1) / unit_rows; }
+
+    /// Roughly the time that a unit takes: to read it, and to multiply it.
+    [[nodiscard]] index cost() const { return weight.row_bytes() + weight.columns * in->count / 8; }
+};
+
+/// Calls f(task, units) for the units of the tasks that are this share's: as much cost for each share, and for each one
+/// consecutive ones. A task has units() and the cost() of one.
+template <class Task, class F>
+void for_units(std::span<const Task> tasks, int share, int shares, F&& f) {
+    index total = 0;
+    for (const Task& task : tasks) total += task.units() * task.cost();
+    const index from = total * share / shares, to = total * (share + 1) / shares;
+    index before = 0;
+    for (const Task& task : tasks) {
+        const auto unit_at = [&](index cost) {
+            return std::clamp<index>((cost - before + task.cost() - 1) / task.cost(), 0, task.units());
+        };
+        const index first = from <= before ? 0 : unit_at(from);
+        const index last = to <= before ? 0 : unit_at(to);
+        if (first < last) f(task, row_range{first, last - first});
+        before += task.units() * task.cost();
+    }
+}
+
+/// The weight rows of some units.
+constexpr row_range rows_of_units(row_range units, index rows) {
+    const index first = units.first * unit_rows;
+    return {first, std::min(rows, first + units.count * unit_rows) - first};
+}
+
+/// Computes all products in one job.
+inline void multiply_all(std::span<const product> products, precision wanted, thread_pool& pool, arena& memory) {
+    index columns = 0;
+    for (const product& p : products) columns = std::max(columns, p.weight.columns);
+    const arena::scope scope(memory);
+    const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(columns));
+    pool.parallel([&](int share, int shares) {
+        for_units(products, share, shares, [&](const product& p, row_range units) {
+            const arena own(scratch[share].data, scratch.extent[1]);
+            multiply_rows(wanted, p.weight, rows_of_units(units, p.weight.rows), *p.in, own,
+                          [&](index n, index o, const float* values, index count) {
+                              float* const out = &p.out(n, o);
+                              for (index i = 0; i < count; ++i) out[i] = p.accumulate ? out[i] + values[i] : values[i];
+                          });
+        });
+    });
+}
+
+/// Takes memory for the bytes of in.count rows of `columns` columns.
+inline void take_bytes(activations& in, index columns, arena& memory) {
+    if (in.few()) {
+        in.rows = byte_rows::take(memory, in.count, columns);
+    } else {
+        in.panels = byte_panels::take(memory, byte_panels::count(in.count), columns);
+    }
+}
+constexpr index bytes_of_bytes(index n, index columns) {
+    return std::max(byte_rows::bytes(std::min(n, few_rows), columns),
+                    byte_panels::bytes(byte_panels::count(n), columns));
+}
+
+/// Fills row n of the bytes.
+inline void quantise_row(const activations& in, index n) {
+    if (in.few()) {
+        in.rows.quantise(n, in.x[in.row(n)].data);
+    } else {
+        in.panels.from(n / byte_panels::rows).quantise(static_cast<int>(n % byte_panels::rows), in.x[in.row(n)].data);
+    }
+}
+
+/// From how many values on it is quicker to quantise with all threads.
+inline constexpr index worth_a_job = 32768;
+
+/// Fills all bytes of several activations, with threads if it is worth it.
+inline void quantise_all(std::span<const activations> all, thread_pool& pool) {
+    const index count = all.front().count;
+    const index rows = static_cast<index>(all.size()) * count;
+    const auto one = [&](index i) { quantise_row(all[static_cast<std::size_t>(i / count)], i % count); };
+    if (rows * all.front().x.extent[1] < worth_a_job) {
+        for (index i = 0; i < rows; ++i) one(i);
+    } else {
+        pool.parallel_for(rows, one);
+    }
+}
+
+}  // namespace detail
+
+/// Memory that matmul and matmul_heads take from the workspace, for `inputs` (one, or the heads) inputs of `columns`.
+constexpr index matmul_scratch_bytes(index rows, index inputs, index columns, int threads) {
+    const index bytes = detail::bytes_of_bytes(rows, columns);
+    const index each = static_cast<index>(sizeof(detail::activations) + sizeof(detail::product));
+    return inputs * (bytes + each) + threads * detail::product_scratch(columns) + 16 * arena::alignment;
+}
+
+/// out = W x, or out += W x, of several matrices with the same input, as one job.
+template <class Matrix>
+void matmul(view<const float, 2> x, std::initializer_list<linear<Matrix>> products, precision wanted, thread_pool& pool,
+            arena& memory) {
+    const arena::scope scope(memory);
+    detail::activations in{.count = x.extent[0], .x = x};
+    const bool bytes =
+        std::ranges::any_of(products, [&](const auto& p) { return detail::takes_bytes(wanted, p.weight.type); });
+    if (bytes) {
+        detail::take_bytes(in, x.extent[1], memory);
+        detail::quantise_all({&in, 1}, pool);
+    }
+    const auto list = memory.take<detail::product>(products.size());
+    index count = 0;
+    for (const auto& p : products) list[count++] = {p.weight, &in, p.out, p.accumulate};
+    detail::multiply_all({list.data, products.size()}, wanted, pool, memory);
+}
+
+/// y_h = W_h x_h.
+template <class Matrix>
+void matmul_heads(const matmul_heads_args<Matrix>& a, precision wanted, thread_pool& pool, arena& memory) {
+    const arena::scope scope(memory);
+    const auto heads = static_cast<std::size_t>(a.weight.count);
+    const auto inputs = memory.take<detail::activations>(heads);
+    const auto list = memory.take<detail::product>(heads);
+    const bool bytes = detail::takes_bytes(wanted, a.weight.type);
+    for (index h = 0; h < a.weight.count; ++h) {
+        inputs[h] = {.count = a.x.extent[0], .x = a.x.slice(h)};
+        if (bytes) detail::take_bytes(inputs[h], a.weight.columns, memory);
+        list[h] = {a.weight.matrix(h), &inputs[h], a.out.slice(h), false};
+    }
+    if (bytes) detail::quantise_all({inputs.data, heads}, pool);
+    detail::multiply_all({list.data, heads}, wanted, pool, memory);
+}
+
+}  // namespace keel::inline KEEL_ABI
