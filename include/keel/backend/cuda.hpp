@@ -6,11 +6,13 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -23,6 +25,7 @@
 #include <keel/backend/cuda/memory.hpp>
 #include <keel/backend/cuda/passes.hpp>
 #include <keel/backend/cuda/upload.hpp>
+#include <keel/backend/fused.hpp>
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/error.hpp>
@@ -54,6 +57,7 @@ public:
     cuda(std::shared_ptr<device> shared, index workspace_bytes)
         : device_(std::move(shared)),
           memory_(device_, workspace_bytes),
+          counters_(device_, most_counters * static_cast<index>(sizeof(unsigned))),
           workspace_(memory_.data(), memory_.size()),
           table_(device_),
           recordings_(device_) {}
@@ -68,13 +72,16 @@ public:
     }
     [[nodiscard]] arena& workspace() { return workspace_; }
 
-    /// Activations between the two kernels of a feed-forward network, and partial results of split attention.
+    /// Activations between the two kernels of a feed-forward network, results of kda_mix and of the router, partial
+    /// results of split attention.
     static index scratch_bytes(const workspace_limits& l, const backend_options&) {
-        const index width = std::max((l.chosen + 1) * l.expert_ff, l.columns);
-        const index hidden = l.rows * ((width + 31) / 32 + l.chosen + 1) * cuda_launch::hidden_unit_bytes;
+        const index widest = (std::max(l.expert_ff, l.columns) + 31) / 32;  // the shared expert may be the widest
+        const index hidden = l.rows * (l.chosen + 1) * widest * cuda_launch::hidden_unit_bytes;
         const index partial = partial_floats(l.heads, l.latent_rank) * static_cast<index>(sizeof(float));
         const index absorbed = 2 * l.rows * l.heads * l.latent_rank * static_cast<index>(sizeof(float));
-        return hidden + partial + absorbed + 16 * arena::alignment;
+        const index mixed = l.rows * l.heads * (l.head_dim + l.head_dim / 32) * static_cast<index>(sizeof(float));
+        const index routed = l.rows * (l.experts + 2 * l.chosen) * static_cast<index>(sizeof(float));
+        return hidden + mixed + routed + partial + absorbed + 16 * arena::alignment;
     }
 
     // Weights.
@@ -194,6 +201,50 @@ public:
                                                stream()));
     }
 
+    void kda_mix(const kda_mix_args<matrix>& a) {
+        const arena::scope scope(workspace());
+        const index n = a.x.extent[0], slabs = a.layout.head_dim / 32;
+        const auto out = workspace().take<float>(n, a.layout.channels());
+        const auto squares = workspace().take<float>(n, a.layout.heads * slabs);
+        call("kda_mix", cuda_launch::kda_mix({a.q.data,
+                                              a.k.data,
+                                              a.v.data,
+                                              a.decay_low.data,
+                                              a.gate_low.data,
+                                              a.beta.data,
+                                              a.q.stride[0],
+                                              a.k.stride[0],
+                                              a.v.stride[0],
+                                              a.decay_low.stride[0],
+                                              a.gate_low.stride[0],
+                                              a.beta.stride[0],
+                                              a.decay_up.on_device,
+                                              a.gate_up.on_device,
+                                              a.taps_q.data,
+                                              a.taps_k.data,
+                                              a.taps_v.data,
+                                              a.a.data,
+                                              a.dt_bias.data,
+                                              a.out_norm.data,
+                                              a.epsilon,
+                                              out.data,
+                                              out.stride[0],
+                                              squares.data,
+                                              counters(std::ssize(a.segments) * a.layout.heads),
+                                              table_.segments(a.segments),
+                                              number(std::ssize(a.segments)),
+                                              number(a.layer),
+                                              plain(a.layout)},
+                                             stream()));
+        cuda_launch::matvec_args project = input(out);
+        project.before = cuda_launch::prologue::head_norm;
+        project.squares = squares.data;
+        project.epsilon = a.epsilon;
+        project.head_dim = number(a.layout.head_dim);
+        project.slabs = number(slabs);
+        multiply(project, {{a.out, a.x, true}});
+    }
+
     void kda_chunk(const kda_args& a) { kda_step(a); }
 
     void gated_norm(const gated_norm_args& a) {
@@ -281,6 +332,39 @@ public:
         feed_forward(to, a.x, a.gate, a.up, a.down, a.out, false);
     }
 
+    void moe(const moe_args<matrix>& a) {
+        const arena::scope scope(workspace());
+        const index n = a.x.extent[0], experts = a.router.on_device.rows;
+        const auto logits = workspace().take<float>(n, experts);
+        const auto chosen = workspace().take<std::int32_t>(n, a.chosen);
+        const auto weights = workspace().take<float>(n, a.chosen);
+        const cuda_launch::route_args route{
+            logits.data,       logits.stride[0], a.bias.data,     chosen.data,      weights.data, chosen.stride[0],
+            weights.stride[0], number(n),        number(experts), number(a.chosen), a.scale};
+        if (a.router.on_device.type == cuda_launch::layout::f32 && n <= most_rows_at_once) {
+            call("route", cuda_launch::choose({a.x.data, a.x.stride[0], a.norm.data, a.epsilon, a.router.on_device,
+                                               logits.data, counters(n), route},
+                                              stream()));
+        } else {
+            norm_matmul(a.x, a.norm, a.epsilon, {{a.router, logits}});
+            call("route", cuda_launch::route(route, stream()));
+        }
+        cuda_launch::experts_args to{};
+        to.norm = a.norm.data;
+        to.epsilon = a.epsilon;
+        to.chosen = chosen.data;
+        to.weights = weights.data;
+        to.chosen_row = chosen.stride[0];
+        to.weights_row = weights.stride[0];
+        to.k = number(a.chosen);
+        if (a.shared_gate != nullptr) {
+            to.shared_gate = a.shared_gate->on_device;
+            to.shared_up = a.shared_up->on_device;
+            to.shared_down = a.shared_down->on_device;
+        }
+        feed_forward(to, a.x, a.gate, a.up, a.down, a.x, true);
+    }
+
     void add(const add_args& a) {
         call("add", cuda_launch::add({a.x.data, a.y.data, a.x.stride[0], a.y.stride[0], number(a.x.extent[0]),
                                       number(a.x.extent[1])},
@@ -300,6 +384,16 @@ private:
 
     /// (rows, splits, heads, rank + 2), of which rows * splits are at most attend_blocks.
     static index partial_floats(index heads, index rank) { return attend_blocks * heads * (rank + 2); }
+
+    /// Up to this many rows, the router is one kernel.
+    static constexpr index most_rows_at_once = 256;
+
+    /// Zeros on the device that kernels count with and leave as zeros.
+    unsigned* counters(index n) {
+        if (n > most_counters) throw error(errc::capacity, "batch", "too many sequences for one pass");
+        return reinterpret_cast<unsigned*>(counters_.data());
+    }
+    static constexpr index most_counters = 1 << 16;
 
     static int number(index n) {
         if (n > std::numeric_limits<int>::max())
@@ -368,13 +462,16 @@ private:
         a.out_row = out.stride[0];
         a.accumulate = accumulate ? 1 : 0;
         a.quantise = quantise();
-        const index units = (gate.on_device.rows + 31) / 32;
-        a.hidden = workspace().take<float>(a.rows * a.k * units * (cuda_launch::hidden_unit_bytes / 4)).data;
+        const bool shared = a.shared_gate.data != nullptr;
+        const index units = (std::max(gate.on_device.rows, shared ? a.shared_gate.rows : 0) + 31) / 32;
+        const index slots = a.rows * (a.k + (shared ? 1 : 0));
+        a.hidden = workspace().take<float>(slots * units * (cuda_launch::hidden_unit_bytes / 4)).data;
         call("experts", cuda_launch::experts(a, stream()));
     }
 
     std::shared_ptr<device> device_;
     buffer memory_;
+    buffer counters_;
     arena workspace_;
     cuda_batch_table table_;
     cuda_recordings recordings_;

@@ -9,52 +9,102 @@
 
 namespace keel::cuda_kernels {
 
-/// A warp chooses the k best of a row: in every round the lanes offer the best that they have left, the smaller index
-/// on a tie. `taken` marks of this lane's candidates (lane + 32 i) those that are gone.
-struct best_first {
-    const float* logits;
-    const float* bias;
-    int experts;
-    unsigned long long taken = 0;
+/// A float as an unsigned number of the same order; never 0 unless it is a NaN with all bits set.
+__device__ inline unsigned ordered(float x) {
+    const unsigned bits = __float_as_uint(x);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
 
-    __device__ int next(int lane) {
-        float score = -INFINITY;
-        int best = experts;
-        for (int i = 0; lane + warp_size * i < experts; ++i) {
-            const int e = lane + warp_size * i;
-            const float s = sigmoid(logits[e]) + bias[e];
-            if (!(taken >> i & 1) && (best == experts || s > score)) score = s, best = e;
-        }
-        for (int d = warp_size / 2; d > 0; d /= 2) {
-            const float other_score = __shfl_xor_sync(0xFFFFFFFFu, score, d);
-            const int other = __shfl_xor_sync(0xFFFFFFFFu, best, d);
-            const bool other_valid = other < experts;
-            if (other_valid && (best == experts || other_score > score || (other_score == score && other < best))) {
-                score = other_score, best = other;
-            }
-        }
-        if (best % warp_size == lane) taken |= 1ull << best / warp_size;
-        return best;
+/// A warp chooses the k best experts of row `r`, the smaller index on a tie; lane l holds experts l + 32 i, `Each` of
+/// them. The largest key wins a round, then is 0.
+template <int Each>
+__device__ inline void choose_best(const launch::route_args& a, int r) {
+    const int lane = threadIdx.x % warp_size;
+    const float* logits = a.logits + r * a.logits_row;
+    unsigned key[Each];
+#pragma unroll
+    for (int i = 0; i < Each; ++i) {
+        const int e = lane + warp_size * i;
+        key[i] = e < a.experts ? max(1u, ordered(sigmoid(__ldcg(logits + e)) + a.bias[e])) : 0;
     }
-};
-
-__global__ void route_kernel(const __grid_constant__ launch::route_args a) {
-    wait_for_previous();
-    const int r = blockIdx.x, lane = threadIdx.x;
-    best_first best{a.logits + r * a.logits_row, a.bias, a.experts};
     float total = 0;
+    float mine = 0;
     for (int slot = 0; slot < a.k; ++slot) {
-        const int e = best.next(lane);
-        const float share = sigmoid(best.logits[e]);
+        unsigned largest = 0;
+        int at = 0;
+#pragma unroll
+        for (int i = 0; i < Each; ++i) {
+            if (key[i] > largest) largest = key[i], at = i;
+        }
+        const unsigned winner = __reduce_max_sync(0xFFFFFFFFu, largest);
+        const unsigned e =
+            __reduce_min_sync(0xFFFFFFFFu, largest == winner ? static_cast<unsigned>(lane + warp_size * at) : ~0u);
+#pragma unroll
+        for (int i = 0; i < Each; ++i) {
+            if (e == static_cast<unsigned>(lane + warp_size * i)) key[i] = 0;
+        }
+        const float share = sigmoid(__ldcg(logits + e));
         total += share;
-        if (lane == 0) {
-            a.chosen[r * a.chosen_row + slot] = e;
-            a.weights[r * a.weights_row + slot] = share;
+        if (slot == lane) mine = share;
+        if (lane == 0) a.chosen[r * a.chosen_row + slot] = static_cast<int>(e);
+    }
+    if (lane < a.k) a.weights[r * a.weights_row + lane] = mine * (a.scale / fmaxf(total, 0x1p-14f));
+}
+
+template <int Each>
+__global__ void __launch_bounds__(warp_size) route_kernel(const __grid_constant__ launch::route_args a) {
+    wait_for_previous();
+    choose_best<Each>(a, blockIdx.x);
+}
+
+inline constexpr int choose_warps = 2;
+
+/// A warp makes an expert's logit: the norm's factor is the same for all, so it comes last. The block that finishes a
+/// row's last logit chooses. Grid: (blocks, rows).
+template <int Each>
+__global__ void __launch_bounds__(choose_warps* warp_size)
+    choose_kernel(const __grid_constant__ launch::choose_args a) {
+    __shared__ bool last;
+    const int r = blockIdx.y, lane = threadIdx.x % warp_size;
+    const int e =
+        min(static_cast<int>(blockIdx.x) * choose_warps + static_cast<int>(threadIdx.x) / warp_size, a.router.rows - 1);
+    const unsigned char* weight = a.router.data + static_cast<long long>(e) * a.router.row_bytes;
+    const int columns = a.router.columns;
+    constexpr int ahead = 6, step = 4 * warp_size;
+    uint4 w[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+        w[i] = 4 * lane + i * step < columns ? load_weights16(weight + 16 * lane + 4 * i * step) : uint4{};
+    }
+    wait_for_previous();
+    const float* x = a.x + r * a.x_row;
+    float squares = 0, sum = 0;
+    for (int c = 4 * lane; c < columns; c += ahead * step) {
+#pragma unroll
+        for (int i = 0; i < ahead; ++i) {
+            const int at = c + i * step;
+            const float4 v = load_four(x, at, columns), n = load_four(a.norm, at, columns);
+            squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+            sum += v.x * n.x * __uint_as_float(w[i].x) + v.y * n.y * __uint_as_float(w[i].y) +
+                   v.z * n.z * __uint_as_float(w[i].z) + v.w * n.w * __uint_as_float(w[i].w);
+            const int next = at + ahead * step;
+            w[i] = next < columns ? load_weights16(weight + 4 * next) : uint4{};
         }
     }
-    __syncwarp();
-    const float scale = a.scale / fmaxf(total, 0x1p-14f);
-    for (int slot = lane; slot < a.k; slot += warp_size) a.weights[r * a.weights_row + slot] *= scale;
+    squares = lanes_sum(squares);
+    sum = lanes_sum(sum);
+    if (lane == 0) {
+        a.logits[r * a.route.logits_row + e] = sum / sqrtf(squares / static_cast<float>(columns) + a.epsilon);
+        __threadfence();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(a.arrived + r, 1u) == gridDim.x - 1;
+        if (last) a.arrived[r] = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (last && threadIdx.x < warp_size) choose_best<Each>(a.route, r);
 }
 
 inline constexpr int expert_threads = 256;
@@ -235,9 +285,18 @@ __global__ void __launch_bounds__(expert_threads, 4)
 
 namespace keel::cuda_launch {
 
+/// Up to 1024 experts, up to 32 of them chosen.
 cudaError_t route(const route_args& a, cudaStream_t stream) {
-    if (a.experts > 64 * cuda_kernels::warp_size) return cudaErrorInvalidValue;
-    return cuda_kernels::start(cuda_kernels::route_kernel, grid_of(a.rows), cuda_kernels::warp_size, 0, stream, a);
+    using namespace cuda_kernels;
+    if (a.experts > 1024 || a.k > warp_size) return cudaErrorInvalidValue;
+    return start(a.experts <= 256 ? route_kernel<8> : route_kernel<32>, grid_of(a.rows), warp_size, 0, stream, a);
+}
+
+cudaError_t choose(const choose_args& a, cudaStream_t stream) {
+    using namespace cuda_kernels;
+    if (a.route.experts > 1024 || a.route.k > warp_size || a.router.type != layout::f32) return cudaErrorInvalidValue;
+    return start(a.route.experts <= 256 ? choose_kernel<8> : choose_kernel<32>,
+                 grid_of(ceil_div(a.router.rows, choose_warps), a.route.rows), choose_warps * warp_size, 0, stream, a);
 }
 
 cudaError_t experts(const experts_args& a, cudaStream_t stream) {

@@ -115,6 +115,141 @@ __global__ void __launch_bounds__(256) kda_step_kernel(const __grid_constant__ l
     s.write(state, first);
 }
 
+/// The whole layer between its products, see launch.hpp. Grid: (slabs, heads, segments). All slabs of a head need its
+/// q and k; the convolution's history of these is written by the slab that was the last to read it.
+template <int D>
+__global__ void __launch_bounds__(256) kda_mix_kernel(const __grid_constant__ launch::kda_mix_args a) {
+    using slab = kda_slab<D>;
+    constexpr int most_taps = 4, columns = slab::columns;
+    __shared__ __align__(16) float decay[D], k[D], q[D], v[columns], gate[columns], sums[slab::sum_floats], lengths[2];
+    __shared__ __align__(16) unsigned char low[2 * staged::value_bytes(ceil_div(D, 32))];
+    __shared__ bool last;
+    const int first = blockIdx.x * columns, h = blockIdx.y, taps = a.layout.taps, channels = a.layout.heads * D;
+    const launch::segment segment = a.segments[blockIdx.z];
+    float* layer = reinterpret_cast<float*>(segment.recurrent) + a.layer * a.layout.layer_floats;
+    float* state = layer + h * D * D;
+    slab s;
+    s.read(state, first);
+
+    // Threads 0 to D - 1 convolve q, D to 2 D - 1 k, then 32 threads v; small heads leave threads idle, large ones go
+    // around twice.
+    constexpr int inputs = 2 * D + columns, turns = ceil_div(inputs, slab::threads);
+    float past[turns][most_taps], weight[turns][most_taps + 1];
+    const auto place_of = [&](int turn, int& which, int& d) {
+        const int i = threadIdx.x + turn * slab::threads;
+        which = i < D ? 0 : i < 2 * D ? 1 : 2;
+        d = which == 2 ? first + i - 2 * D : i % D;
+        return i < inputs;
+    };
+    float* history = layer + static_cast<long long>(a.layout.heads) * D * D + h * D;
+#pragma unroll
+    for (int turn = 0; turn < turns; ++turn) {
+        int which, d;
+        const bool inside = place_of(turn, which, d);
+        const float* w = (which == 0 ? a.taps_q : which == 1 ? a.taps_k : a.taps_v) + (h * D + d) * (taps + 1);
+#pragma unroll
+        for (int j = 0; j < most_taps; ++j) {
+            past[turn][j] = inside && j < taps ? history[(which * taps + j) * channels + d] : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j <= most_taps; ++j) weight[turn][j] = inside && j <= taps ? w[j] : 0.0f;
+    }
+    const float scale = 1.0f / sqrtf(static_cast<float>(D));
+    constexpr int units = ceil_div(D, 32);
+    const staged decay_low(low, units, true), gate_low(low + staged::value_bytes(units), units, true);
+    wait_for_previous();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned* arrived = a.arrived + blockIdx.z * gridDim.y + h;
+        __threadfence();
+        last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+        if (last) *arrived = 0;
+        __threadfence();
+    }
+    for (int t = segment.first_row; t < segment.first_row + segment.rows; ++t) {
+#pragma unroll
+        for (int turn = 0; turn < turns; ++turn) {
+            int which, d;
+            if (!place_of(turn, which, d)) continue;
+            const float now = which == 0   ? a.q[t * a.q_row + h * D + d]
+                              : which == 1 ? a.k[t * a.k_row + h * D + d]
+                                           : a.v[t * a.v_row + h * D + d];
+            float sum = 0;
+#pragma unroll
+            for (int j = 0; j <= most_taps; ++j) {
+                if (j < taps) sum += weight[turn][j] * past[turn][j];
+                if (j == taps) sum += weight[turn][j] * now;
+            }
+#pragma unroll
+            for (int j = 0; j < most_taps; ++j) {
+                if (j + 1 < taps) past[turn][j] = past[turn][j + 1];
+                if (j + 1 == taps) past[turn][j] = now;
+            }
+            (which == 0 ? q[d] : which == 1 ? k[d] : v[d - first]) = silu(sum);
+        }
+        for (int i = threadIdx.x; i < 2 * D; i += slab::threads) {
+            const bool of_gate = i >= D;
+            const int d = of_gate ? i - D : i;
+            (of_gate ? gate_low : decay_low).values[staged::place(d)] =
+                of_gate ? a.gate_low[t * a.gate_row + d] : a.decay_low[t * a.decay_row + d];
+        }
+        __syncthreads();
+        // Two warps take the lengths while the others begin with the low-rank products.
+        const int warp = threadIdx.x / warp_size;
+        if (warp < 2) {
+            const float* x = warp == 0 ? q : k;
+            float squares = 0;
+            for (int i = threadIdx.x % warp_size; i < D; i += warp_size) squares += x[i] * x[i];
+            squares = lanes_sum(squares);
+            if (threadIdx.x % warp_size == 0) lengths[warp] = 1.0f / fmaxf(sqrtf(squares), a.epsilon);
+        }
+        constexpr int lanes = 4;
+        for (int i = threadIdx.x / lanes; i < D + columns; i += slab::threads / lanes) {
+            const bool of_gate = i >= D;
+            const launch::matrix& up = of_gate ? a.gate_up : a.decay_up;
+            const int d = of_gate ? first + i - D : i;
+            const unsigned char* row = up.data + static_cast<long long>(h * D + d) * up.row_bytes;
+            float sum[1] = {};
+            visit_format(up.type, [&]<class Format>() {
+                row_product<Format, false, lanes>(row, units, threadIdx.x % lanes, of_gate ? gate_low : decay_low, 0,
+                                                  sum);
+            });
+            sum[0] = lanes_sum<lanes>(sum[0]);
+            if (threadIdx.x % lanes == 0) {
+                if (of_gate) {
+                    gate[i - D] = sigmoid(sum[0]) * a.norm[d];
+                } else {
+                    decay[d] = expf(a.a[h] * softplus(sum[0] + a.dt_bias[h * D + d]));
+                }
+            }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < D; i += slab::threads) q[i] *= lengths[0], k[i] *= lengths[1];
+        __syncthreads();
+        float4 o = s.step(decay, k, q, v, sigmoid(a.beta[t * a.beta_row + h]), sums);
+        if (threadIdx.x < 8) {
+            const int c = 4 * threadIdx.x;
+            o = {o.x * scale, o.y * scale, o.z * scale, o.w * scale};
+            float squares = o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w;
+            for (int d = 4; d > 0; d /= 2) squares += __shfl_xor_sync(0xFFu, squares, d);
+            if (c == 0) a.squares[(t * gridDim.y + h) * gridDim.x + blockIdx.x] = squares;
+            *reinterpret_cast<float4*>(a.out + t * a.out_row + h * D + first + c) = {
+                o.x * gate[c], o.y * gate[c + 1], o.z * gate[c + 2], o.w * gate[c + 3]};
+        }
+        __syncthreads();
+    }
+    s.write(state, first);
+#pragma unroll
+    for (int turn = 0; turn < turns; ++turn) {
+        int which, d;
+        if (!place_of(turn, which, d) || (which < 2 && !last)) continue;
+#pragma unroll
+        for (int j = 0; j < most_taps; ++j) {
+            if (j < taps) history[(which * taps + j) * channels + d] = past[turn][j];
+        }
+    }
+}
+
 }  // namespace keel::cuda_kernels
 
 namespace keel::cuda_launch {
@@ -123,6 +258,26 @@ cudaError_t kda_step(const kda_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
     const auto with = [&]<int D>() {
         return start(kda_step_kernel<D>, grid_of(D / 32, a.layout.heads, a.segment_count), 256, 0, stream, a);
+    };
+    switch (a.layout.head_dim) {
+        case 32:
+            return with.template operator()<32>();
+        case 64:
+            return with.template operator()<64>();
+        case 128:
+            return with.template operator()<128>();
+        case 256:
+            return with.template operator()<256>();
+        default:
+            return cudaErrorInvalidValue;
+    }
+}
+
+cudaError_t kda_mix(const kda_mix_args& a, cudaStream_t stream) {
+    using namespace cuda_kernels;
+    if (a.layout.taps > 4) return cudaErrorInvalidValue;
+    const auto with = [&]<int D>() {
+        return start(kda_mix_kernel<D>, grid_of(D / 32, a.layout.heads, a.segment_count), 256, 0, stream, a);
     };
     switch (a.layout.head_dim) {
         case 32:

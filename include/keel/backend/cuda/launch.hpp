@@ -159,6 +159,25 @@ struct kda_args {
 };
 cudaError_t kda_step(const kda_args&, cudaStream_t);
 
+/// Everything between the products of a KDA layer, for the formulas see keel::kda_mix_args. `out` is not yet divided by
+/// the rms of its head: `squares`, (rows, heads, head_dim / 32), takes the sums of squares for that.
+struct kda_mix_args {
+    const float *q, *k, *v, *decay_low, *gate_low, *beta;
+    long long q_row, k_row, v_row, decay_row, gate_row, beta_row;
+    matrix decay_up, gate_up;
+    const float *taps_q, *taps_k, *taps_v, *a, *dt_bias, *norm;
+    float epsilon;
+    float* out;
+    long long out_row;
+    float* squares;
+    unsigned* arrived;  ///< (segments, heads), zero before and after
+    const segment* segments;
+    int segment_count;
+    int layer;
+    memory layout;
+};
+cudaError_t kda_mix(const kda_mix_args&, cudaStream_t);
+
 struct gated_norm_args {
     float* x;
     const float* weight;
@@ -211,6 +230,19 @@ struct route_args {
     float scale;
 };
 cudaError_t route(const route_args&, cudaStream_t);
+
+/// rms_norm, product with an f32 matrix of (experts, columns), and route, in one kernel.
+struct choose_args {
+    const float* x;
+    long long x_row;
+    const float* norm;
+    float epsilon;
+    matrix router;
+    float* logits;      ///< (rows, experts), in between
+    unsigned* arrived;  ///< (rows), zero before and after
+    route_args route;
+};
+cudaError_t choose(const choose_args&, cudaStream_t);
 
 inline constexpr int hidden_unit_bytes = 144;
 
