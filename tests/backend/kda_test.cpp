@@ -212,7 +212,7 @@ TEST_CASE("The short convolution agrees with the plain loops, and with itself ho
             for (const index most : {64, 1, 7}) {
                 CAPTURE(taps, dim, most);
                 thread_pool pool(static_cast<int>(1 + most % 3));
-                scratch workspace(short_conv_scratch_bytes(taps, pool.size()));
+                scratch workspace(short_conv_scratch_bytes({.taps = taps}, pool.size()));
                 sequences split = before;
                 array y = x;
                 for (int which = 0; which < 3; ++which) {

@@ -10,13 +10,10 @@
 #include <cstddef>
 #include <span>
 
-#if defined(__SSE__)
-#include <immintrin.h>
-#endif
-
 #include <keel/backend/batch.hpp>
 #include <keel/backend/concept.hpp>
 #include <keel/backend/cpu/elementwise.hpp>
+#include <keel/backend/cpu/intrinsics.hpp>
 #include <keel/backend/cpu/simd.hpp>
 #include <keel/backend/cpu/threads.hpp>
 #include <keel/backend/cpu/tile.hpp>
@@ -47,53 +44,59 @@ private:
 #endif
 };
 
-/// Channels that the convolution works on at a time, so that they stay in the first cache.
+/// The longest convolution, as read_config() allows.
+inline constexpr index max_kernel = 64;
+
+/// Channels whose taps are brought into order together.
 inline constexpr index conv_channels = 256;
 
-/// `taps` is K - 1; x, history and weights point at the first of n <= conv_channels channels. `tap` has room for
-/// (K, conv_channels).
-inline void convolve(view<float, 2> x, view<float, 2> history, view<const float, 2> weights, index taps, float* tap,
-                     float* before) {
+/// x, history and weights of n <= conv_channels channels. `tap` has room for (K, conv_channels); Kernel is K, or 0 if
+/// it is not known when this is compiled.
+template <index Kernel>
+void convolve(view<float, 2> x, view<float, 2> history, view<const float, 2> weights, float* tap) {
+    constexpr index most = Kernel > 0 ? Kernel : max_kernel;
+    const index kernel = Kernel > 0 ? Kernel : weights.extent[1];
     const index n = x.extent[1];
-    for (index j = 0; j <= taps; ++j) {
-        for (index c = 0; c < n; ++c) tap[j * conv_channels + c] = weights(c, j);
+    for (index c = 0; c < n; ++c) {
+        for (index j = 0; j < kernel; ++j) tap[j * conv_channels + c] = weights.data[c * kernel + j];
     }
-    // Row t of `before` modulo K is the input of token t - taps.
-    const index kernel = taps + 1;
-    const auto input = [&](index t) { return before + t % kernel * conv_channels; };
-    for (index j = 0; j < taps; ++j) std::copy_n(history[j].data, n, input(j));
-    for (index t = 0; t < x.extent[0]; ++t) {
-        float* const row = x[t].data;
-        std::copy_n(row, n, input(t + taps));
-        for_lanes(n, [&](index c, auto load, auto store) {
+    for_lanes(n, [&](index c, auto load, auto store) {
+        floats weight[most], window[most];  // of inputs, the oldest first
+        for (index j = 0; j < kernel; ++j) weight[j] = load(tap + j * conv_channels + c);
+        for (index j = 0; j + 1 < kernel; ++j) window[j] = load(&history(j, c));
+        for (index t = 0; t < x.extent[0]; ++t) {
+            window[kernel - 1] = load(&x(t, c));
             floats y(0.0f);
-            for (index j = 0; j < kernel; ++j) y = fma(load(tap + j * conv_channels + c), load(input(t + j) + c), y);
-            store(row + c, silu(y));
-        });
-    }
-    for (index j = 0; j < taps; ++j) std::copy_n(input(x.extent[0] + j), n, history[j].data);
+            for (index j = 0; j < kernel; ++j) y = fma(weight[j], window[j], y);
+            for (index j = 0; j + 1 < kernel; ++j) window[j] = window[j + 1];
+            store(&x(t, c), silu(y));
+        }
+        for (index j = 0; j + 1 < kernel; ++j) store(&history(j, c), window[j]);
+    });
 }
 
 }  // namespace simd
 
 /// Workspace that short_conv() takes.
-inline index short_conv_scratch_bytes(index taps, int threads) {
-    return threads * 2 * (taps + 1) * simd::conv_channels * static_cast<index>(sizeof(float)) + arena::alignment;
+inline index short_conv_scratch_bytes(const workspace_limits& limits, int threads) {
+    return threads * (limits.taps + 1) * simd::conv_channels * static_cast<index>(sizeof(float)) + arena::alignment;
 }
 
+/// Taps are dense.
 inline void short_conv(const short_conv_args& a, thread_pool& pool, arena& workspace) {
-    const index taps = a.layout.taps;
+    const index kernel = a.taps.extent[1];
     const index channels = a.x.extent[1];
     const arena::scope scope(workspace);
-    const auto scratch = workspace.take<float>(pool.size(), 2, (taps + 1) * simd::conv_channels);
+    const auto scratch = workspace.take<float>(pool.size(), kernel * simd::conv_channels);
     const auto some_channels = [&](int thread, int threads) {
         const auto [first, count] = share_of(channels, thread, threads, simd::conv_channels);
         for (index c = first; c < first + count; c += simd::conv_channels) {
             const index n = std::min(simd::conv_channels, first + count - c);
             for (const segment& s : a.segments) {
-                simd::convolve(a.x.rows(s.first_row, s.rows).columns(c, n),
-                               a.layout.history(s.recurrent, a.layer)[a.which].columns(c, n), a.taps.rows(c, n), taps,
-                               scratch[thread][0].data, scratch[thread][1].data);
+                const auto x = a.x.rows(s.first_row, s.rows).columns(c, n);
+                const auto history = a.layout.history(s.recurrent, a.layer)[a.which].columns(c, n);
+                const auto convolve = kernel == 4 ? simd::convolve<4> : simd::convolve<0>;
+                convolve(x, history, a.taps.rows(c, n), scratch[thread].data);
             }
         }
     };
@@ -156,31 +159,48 @@ inline void gated_norm(const gated_norm_args& a, thread_pool& pool) {
 
 namespace simd {
 
-/// Tokens that are worked on together: enough to read the state seldom.
-inline constexpr index kda_chunk_tokens = 16;
+/// Tokens that are worked on together.
+inline constexpr index kda_tokens = 16;
 
-/// What a thread needs for one chunk of one head.
+/// Columns of the state that are worked on together: with 128 rows they fit into half of a first cache.
+inline constexpr index kda_columns = 2 * lanes;
+
+/// The state of one head, or some columns of it, cut into slabs of kda_columns columns: where it lies, or, when several
+/// tokens pass over it, copied so that a slab is contiguous. (In place the rows of a slab are so far apart, a power of
+/// two, that they displace each other from the cache.)
+struct kda_state {
+    float* data;
+    index stride;  // from row to row
+    index step;    // from slab to slab
+
+    [[nodiscard]] float* slab(index column) const { return data + column / kda_columns * step; }
+};
+
+/// What a thread needs for the tokens of one head that are worked on together.
 struct kda_scratch {
     static index floats_per_thread(index dim) {
-        return dim + 6 * kda_chunk_tokens * dim + 2 * kda_chunk_tokens * kda_chunk_tokens;
+        const index columns = (dim + kda_columns - 1) / kda_columns * kda_columns;
+        return dim + 3 * kda_tokens * dim + 3 * kda_tokens * kda_columns + 2 * kda_tokens * kda_tokens + dim * columns;
     }
 
     kda_scratch(float* memory, index dim)
         : keep{memory, dim},
-          key{keep.data + dim, kda_chunk_tokens, dim},
-          against{key.data + key.size(), 2 * kda_chunk_tokens, dim},
-          product{against.data + against.size(), 2 * kda_chunk_tokens, dim},
-          update{product.data + product.size(), kda_chunk_tokens, dim},
-          key_key{update.data + update.size(), kda_chunk_tokens, kda_chunk_tokens},
-          query_key{key_key.data + key_key.size(), kda_chunk_tokens, kda_chunk_tokens} {}
+          key{keep.data + keep.size(), kda_tokens, dim},
+          against{key.data + key.size(), 2 * kda_tokens, dim},
+          product{against.data + against.size(), 2 * kda_tokens, kda_columns},
+          update{product.data + product.size(), kda_tokens, kda_columns},
+          key_key{update.data + update.size(), kda_tokens, kda_tokens},
+          query_key{key_key.data + key_key.size(), kda_tokens, kda_tokens},
+          state(query_key.data + query_key.size()) {}
 
-    view<float, 1> keep;       // e^G of the chunk's last token so far
+    view<float, 1> keep;       // e^G of the tokens so far
     view<float, 2> key;        // (tokens, D): k_i e^{G_t - G_i} for the current t; kda_step: e^g_t
     view<float, 2> against;    // (tokens of k, then tokens of q; D): what is multiplied with the state
-    view<float, 2> product;    // (tokens of k, then tokens of q; columns)
-    view<float, 2> update;     // (tokens, columns): u
+    view<float, 2> product;    // (tokens of k, then tokens of q; columns of a slab)
+    view<float, 2> update;     // (tokens, columns of a slab): u
     view<float, 2> key_key;    // a_ti
     view<float, 2> query_key;  // b_ti
+    float* state;              // slabs
 };
 
 /// One head of some tokens of one segment: the rows [first, first + tokens) of the batch and the state's columns
@@ -197,87 +217,131 @@ struct kda_part {
     [[nodiscard]] float* out(index t) const { return args.out[first + t][head].data + column; }
 };
 
-/// Calls f(part, state, scratch) for all heads, segments and chunks of tokens, in order within a head and segment;
-/// `state` points at the part's columns.
+/// Calls f(part, state, scratch) for all tokens of the part, in order and kda_tokens at a time.
 template <class F>
-void for_each_part(const kda_args& a, thread_pool& pool, arena& workspace, F&& f) {
+void for_tokens(const kda_part& all, float* state, const kda_scratch& scratch, F&& f) {
+    const index dim = all.args.layout.head_dim;
+    const bool pack = all.tokens > 8;
+    const kda_state in_place{state, dim, kda_columns};
+    const kda_state packed{scratch.state, kda_columns, dim * kda_columns};
+    const auto copy = [&](const kda_state& from, const kda_state& to) {
+        for (index c = 0; c < all.columns; c += kda_columns) {
+            const index n = std::min(kda_columns, all.columns - c);
+            for (index i = 0; i < dim; ++i) std::copy_n(from.slab(c) + i * from.stride, n, to.slab(c) + i * to.stride);
+        }
+    };
+    if (pack) copy(in_place, packed);
+    for (index done = 0; done < all.tokens; done += kda_tokens) {
+        kda_part some = all;
+        some.first += done;
+        some.tokens = std::min(kda_tokens, all.tokens - done);
+        f(some, pack ? packed : in_place, scratch);
+    }
+    if (pack) copy(packed, in_place);
+}
+
+/// As for_tokens, for all heads and segments.
+template <class F>
+void for_heads(const kda_args& a, thread_pool& pool, arena& workspace, F&& f) {
     const index dim = a.layout.head_dim;
     const index segments = static_cast<index>(a.segments.size());
     const index heads = a.layout.heads;
     // Few heads: a head's columns are shared out too.
-    const index slabs = std::clamp((pool.size() - 1) / std::max(heads * segments, index{1}) + 1, index{1},
-                                   std::max(dim / (2 * lanes), index{1}));
+    const index parts = std::clamp((pool.size() - 1) / std::max(heads * segments, index{1}) + 1, index{1},
+                                   std::max(dim / kda_columns, index{1}));
     const arena::scope scope(workspace);
     const auto memory = workspace.take<float>(pool.size(), kda_scratch::floats_per_thread(dim));
     pool.parallel([&](int thread, int threads) {
         const flush_denormals flush;
         const kda_scratch scratch(memory[thread].data, dim);
-        const auto [first_task, count] = share_of(heads * slabs * segments, thread, threads);
-        for (index task = first_task; task < first_task + count; ++task) {
+        const auto [first, count] = share_of(heads * parts * segments, thread, threads);
+        for (index task = first; task < first + count; ++task) {
             const segment& s = a.segments[static_cast<std::size_t>(task % segments)];
-            const index head = task / segments / slabs;
+            const index head = task / segments / parts;
             const auto [column, columns] =
-                share_of(dim, static_cast<int>(task / segments % slabs), static_cast<int>(slabs), 2 * lanes);
+                share_of(dim, static_cast<int>(task / segments % parts), static_cast<int>(parts), kda_columns);
             float* const state = a.layout.state(s.recurrent, a.layer)[head].data + column;
-            for (index done = 0; done < s.rows; done += kda_chunk_tokens) {
-                const index tokens = std::min(kda_chunk_tokens, s.rows - done);
-                f(kda_part{a, head, s.first_row + done, tokens, column, columns}, state, scratch);
-            }
+            for_tokens({a, head, s.first_row, s.rows, column, columns}, state, scratch, f);
         }
     });
 }
 
-/// Tokens one after another in Vectors columns of the state. It is read once more than there are tokens: the update of
-/// one token and the reads of the next are one pass,
+/// Vectors columns of the state, one pass over them.
+template <int Vectors>
+struct kda_pass {
+    struct columns {
+        floats of[Vectors];
+    };
+    struct reads {
+        columns key, query;
+    };
+
+    float* state;
+    index stride, dim;
+
+    /// With Update, rows become decay_i S_i + key_i delta; with Read, what they then are is read: S^T read_key and S^T
+    /// read_query.
+    template <bool Update, bool Read, class Load, class Store>
+    reads run(const float* decay, const float* key, columns delta, const float* read_key, const float* read_query,
+              Load load, Store store) const {
+        columns with_key, with_query;
+        unroll<Vectors>([&](auto v) { with_key.of[v] = with_query.of[v] = floats(0.0f); });
+        float* row = state;
+        for (index i = 0; i < dim; ++i, row += stride) {
+            const auto one = [&](const float* of) { return of == nullptr ? floats(0.0f) : floats(of[i]); };
+            const floats d = one(decay), k = one(key), rk = one(read_key), rq = one(read_query);
+            unroll<Vectors>([&](auto v) {
+                floats s = load(row + v * lanes);
+                if constexpr (Update) {
+                    s = fma(d, s, k * delta.of[v]);
+                    store(row + v * lanes, s);
+                }
+                if constexpr (Read) {
+                    with_key.of[v] = fma(rk, s, with_key.of[v]);
+                    with_query.of[v] = fma(rq, s, with_query.of[v]);
+                }
+            });
+        }
+        return {with_key, with_query};
+    }
+};
+
+/// Tokens one after another in Vectors columns, from column j on. The update of one token and the reads of the next are
+/// one pass over the state:
 ///   S <- diag(d) S + k delta^T,   delta = beta (v - S^T (d k)),   o = S^T (d q) + delta (k.q)      with the S before
 template <int Vectors, class Load, class Store>
-void kda_step_columns(const kda_part& p, const kda_scratch& f, const float* key_query, float* state, index j,
-                      Load&& load, Store&& store) {
-    const index dim = p.args.layout.head_dim;
-    floats read[Vectors], out[Vectors], delta[Vectors];
-    const auto clear = [&] { unroll<Vectors>([&](auto v) { read[v] = out[v] = floats(0.0f); }); };
-    const auto read_row = [&](index t, index i, auto v, floats s) {
-        read[v] = fma(floats(f.against(t, i)), s, read[v]);
-        out[v] = fma(floats(f.against(kda_chunk_tokens + t, i)), s, out[v]);
-    };
-    clear();
-    for (index i = 0; i < dim; ++i) {
-        unroll<Vectors>([&](auto v) { read_row(0, i, v, load(state + i * dim + j + v * lanes)); });
-    }
+void kda_step_columns(const kda_part& p, const kda_scratch& f, const float* key_query, kda_pass<Vectors> pass, index j,
+                      Load load, Store store) {
+    const auto read_key = [&](index t) { return f.against[t].data; };
+    const auto read_query = [&](index t) { return f.against[kda_tokens + t].data; };
+    typename kda_pass<Vectors>::columns delta;
+    auto reads = pass.template run<false, true>(nullptr, nullptr, delta, read_key(0), read_query(0), load, store);
     for (index t = 0; t < p.tokens; ++t) {
         unroll<Vectors>([&](auto v) {
-            delta[v] = floats(p.beta(t)) * (load(p.v(t) + j + v * lanes) - read[v]);
-            store(p.out(t) + j + v * lanes, fma(floats(key_query[t]), delta[v], out[v]));
+            delta.of[v] = floats(p.beta(t)) * (load(p.v(t) + j + v * lanes) - reads.key.of[v]);
+            store(p.out(t) + j + v * lanes, fma(floats(key_query[t]), delta.of[v], reads.query.of[v]));
         });
-        clear();
-        const float* const key = p.k(t);
         const float* const decay = f.key[t].data;
-        const bool last = t + 1 == p.tokens;
-        const auto update = [&](index i, auto v) {
-            float* const at = state + i * dim + j + v * lanes;
-            const floats s = fma(floats(decay[i]), load(at), floats(key[i]) * delta[v]);
-            store(at, s);
-            return s;
-        };
-        if (last) {
-            for (index i = 0; i < dim; ++i) unroll<Vectors>([&](auto v) { update(i, v); });
+        if (t + 1 == p.tokens) {
+            pass.template run<true, false>(decay, p.k(t), delta, nullptr, nullptr, load, store);
         } else {
-            for (index i = 0; i < dim; ++i) unroll<Vectors>([&](auto v) { read_row(t + 1, i, v, update(i, v)); });
+            reads =
+                pass.template run<true, true>(decay, p.k(t), delta, read_key(t + 1), read_query(t + 1), load, store);
         }
     }
 }
 
-inline void kda_step_part(const kda_part& p, float* state, const kda_scratch& scratch) {
+inline void kda_step_part(const kda_part& p, const kda_state& state, const kda_scratch& scratch) {
     const index dim = p.args.layout.head_dim;
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    std::array<float, kda_chunk_tokens> key_query;
+    std::array<float, kda_tokens> key_query;
     for (index t = 0; t < p.tokens; ++t) {
         const float* const q = p.q(t);
         const float* const k = p.k(t);
         const float* const g = p.log_decay(t);
         float* const decay = scratch.key[t].data;
         float* const key = scratch.against[t].data;
-        float* const query = scratch.against[kda_chunk_tokens + t].data;
+        float* const query = scratch.against[kda_tokens + t].data;
         for_lanes(dim, [&](index i, auto load, auto store) {
             const floats d = exp(load(g + i));
             store(decay + i, d);
@@ -286,34 +350,38 @@ inline void kda_step_part(const kda_part& p, float* state, const kda_scratch& sc
         });
         key_query[static_cast<std::size_t>(t)] = scale * dot(k, q, dim);
     }
-    constexpr int vectors = lanes >= 16 ? 4 : 2;
     const auto load_all = [](const float* from) { return load(from); };
     const auto store_all = [](float* to, floats x) { store(to, x); };
-    index j = 0;
-    for (; j + vectors * lanes <= p.columns; j += vectors * lanes) {
-        kda_step_columns<vectors>(p, scratch, key_query.data(), state, j, load_all, store_all);
+    for (index j = 0; j < p.columns; j += kda_columns) {
+        float* const slab = state.slab(j);
+        if (j + kda_columns <= p.columns) {
+            const kda_pass<2> pass{slab, state.stride, dim};
+            kda_step_columns(p, scratch, key_query.data(), pass, j, load_all, store_all);
+            continue;
+        }
+        for_lanes(p.columns - j, [&](index i, auto load, auto store) {
+            const kda_pass<1> pass{slab + i, state.stride, dim};
+            kda_step_columns(p, scratch, key_query.data(), pass, j + i, load, store);
+        });
     }
-    for_lanes(p.columns - j, [&](index i, auto load, auto store) {
-        kda_step_columns<1>(p, scratch, key_query.data(), state, j + i, load, store);
-    });
 }
 
-/// The formulas of reference::kda_chunk. No exponent but g itself is ever exponentiated: e^{G_t - G_i} is the product
-/// of the decays between i and t, each at most 1, which neither overflows nor cancels.
-inline void kda_chunk_part(const kda_part& p, float* state, const kda_scratch& s) {
+/// What a chunk of tokens means to each other: e^{G_t} k_t and e^{G_t} q_t, a_ti and b_ti, e^{G_n - G_i} k_i and
+/// e^{G_n}. No exponent but g itself is ever exponentiated: e^{G_t - G_i} is the product of the decays between i and t,
+/// each at most 1, which neither overflows nor cancels. The scale of the output goes with q.
+inline void kda_chunk_factors(const kda_part& p, const kda_scratch& s) {
     const index dim = p.args.layout.head_dim;
-    const index n = p.tokens;
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    std::fill_n(s.keep.data, dim, 1.0f);
+    float* const keep = s.keep.data;
+    std::fill_n(keep, dim, 1.0f);
     std::fill_n(s.query_key.data, s.query_key.size(), 0.0f);
-    for (index t = 0; t < n; ++t) {
+    for (index t = 0; t < p.tokens; ++t) {
         const float* const k = p.k(t);
+        const float* const q = p.q(t);
         const float* const g = p.log_decay(t);
         float* const decay = s.key[t].data;  // until k itself takes its place
-        float* const keep = s.keep.data;
         float* const key = s.against[t].data;
-        float* const query = s.against[n + t].data;
-        const float* const q = p.q(t);
+        float* const query = s.against[p.tokens + t].data;
         for_lanes(dim, [&](index i, auto load, auto store) {
             const floats d = exp(load(g + i));
             const floats all = d * load(keep + i);
@@ -337,50 +405,57 @@ inline void kda_chunk_part(const kda_part& p, float* state, const kda_scratch& s
         s.query_key(t, t) = scale * dot(k, q, dim);
         std::copy_n(k, dim, decay);
     }
+}
 
-    multiply({.rows = 2 * n,
-              .columns = p.columns,
-              .depth = dim,
-              .a = s.against.data,
-              .a_row = dim,
-              .a_step = 1,
-              .b = state,
-              .b_step = dim,
-              .c = s.product.data,
-              .c_row = dim});
-    for (index t = 0; t < n; ++t) {
-        const float* const v = p.v(t);
-        const float* const read = s.product[t].data;
-        float* const u = s.update[t].data;
-        for_lanes(p.columns, [&](index j, auto load, auto store) {
-            floats rest = load(v + j) - load(read + j);
-            for (index i = 0; i < t; ++i) rest = fma(floats(-s.key_key(t, i)), load(s.update[i].data + j), rest);
-            store(u + j, floats(p.beta(t)) * rest);
+/// The formulas of reference::kda_chunk.
+inline void kda_chunk_part(const kda_part& p, const kda_state& state, const kda_scratch& s) {
+    const index dim = p.args.layout.head_dim;
+    const index n = p.tokens;
+    kda_chunk_factors(p, s);
+    for (index first = 0; first < p.columns; first += kda_columns) {
+        const index columns = std::min(kda_columns, p.columns - first);
+        float* const slab = state.slab(first);
+        multiply({.rows = 2 * n,
+                  .columns = columns,
+                  .depth = dim,
+                  .a = s.against.data,
+                  .a_row = dim,
+                  .a_step = 1,
+                  .b = slab,
+                  .b_step = state.stride,
+                  .c = s.product.data,
+                  .c_row = kda_columns});
+        for_lanes(columns, [&](index j, auto load, auto store) {
+            for (index t = 0; t < n; ++t) {
+                floats rest = load(p.v(t) + first + j) - load(&s.product(t, j));
+                for (index i = 0; i < t; ++i) rest = fma(floats(-s.key_key(t, i)), load(&s.update(i, j)), rest);
+                store(&s.update(t, j), floats(p.beta(t)) * rest);
+            }
         });
+        const small_product among_tokens{.rows = n,
+                                         .columns = columns,
+                                         .depth = n,
+                                         .a = s.query_key.data,
+                                         .a_row = kda_tokens,
+                                         .a_step = 1,
+                                         .b = s.update.data,
+                                         .b_step = kda_columns,
+                                         .c = s.product[n].data,
+                                         .c_row = kda_columns};
+        multiply(among_tokens, [](index, auto&& old) { return old(); });
+        for (index t = 0; t < n; ++t) std::copy_n(s.product[n + t].data, columns, p.out(t) + first);
+        multiply_into({.rows = dim,
+                       .columns = columns,
+                       .depth = n,
+                       .a = s.key.data,
+                       .a_row = 1,
+                       .a_step = dim,
+                       .b = s.update.data,
+                       .b_step = kda_columns,
+                       .c = slab,
+                       .c_row = state.stride},
+                      s.keep.data);
     }
-    for (index t = 0; t < n; ++t) std::copy_n(s.product[n + t].data, p.columns, p.out(t));
-    multiply({.rows = n,
-              .columns = p.columns,
-              .depth = n,
-              .a = s.query_key.data,
-              .a_row = kda_chunk_tokens,
-              .a_step = 1,
-              .b = s.update.data,
-              .b_step = dim,
-              .c = p.out(0),
-              .c_row = p.args.out.stride[0]},
-             [](index, auto&& old) { return old(); });
-    multiply_into({.rows = dim,
-                   .columns = p.columns,
-                   .depth = n,
-                   .a = s.key.data,
-                   .a_row = 1,
-                   .a_step = dim,
-                   .b = s.update.data,
-                   .b_step = dim,
-                   .c = state,
-                   .c_row = dim},
-                  s.keep.data);
 }
 
 }  // namespace simd
@@ -394,12 +469,12 @@ inline index kda_scratch_bytes(index head_dim, int threads) {
 /// One pass over the state per token, which stays in the first cache for the tokens of a segment. The same bits however
 /// a sequence is cut into segments.
 inline void kda_step(const kda_args& a, thread_pool& pool, arena& workspace) {
-    simd::for_each_part(a, pool, workspace, simd::kda_step_part);
+    simd::for_heads(a, pool, workspace, simd::kda_step_part);
 }
 
 /// The chunked form: the state is read and written once per sixteen tokens.
 inline void kda_chunk(const kda_args& a, thread_pool& pool, arena& workspace) {
-    simd::for_each_part(a, pool, workspace, simd::kda_chunk_part);
+    simd::for_heads(a, pool, workspace, simd::kda_chunk_part);
 }
 
 }  // namespace keel::inline KEEL_ABI
