@@ -166,6 +166,7 @@ void check_greedy(const std::string& name, precision p) {
     auto logits = feed(model, state, std::span<const token>(prompt), prompt.size()).back();
     std::vector<token> ids;
     for (const token expected : about.at("ids").get<std::vector<token>>()) {
+        CAPTURE(name, ids.size());
         ids.push_back(static_cast<token>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
         CHECK(ids.back() == expected);
         logits = feed(model, state, std::span<const token>(ids).last(1), 1).back();

@@ -13,10 +13,17 @@
 #include <keel/backend/cpu/codes.hpp>
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
+#include <keel/core/dtype.hpp>
 #include <keel/core/view.hpp>
 
 namespace keel::inline KEEL_ABI {
 namespace detail {
+
+/// Rounded to f16 where that keeps 11 bits, as Q8_0 stores it: activations then round as they do for llama.cpp and for
+/// the oracle, whose greedy continuations are only comparable at equal rounding.
+inline float stored_scale(float scale) {
+    return scale >= 0x1p-14f && scale < 65504.0f ? to_float(to_f16(scale)) : scale;
+}
 
 /// The scale of 32 values, their codes, and scale * (sum of codes) of each half. A value that is not finite makes the
 /// scale so, and with it every product.
@@ -63,7 +70,7 @@ inline quantised_part quantise_part(const float* x, std::int8_t* code) {
         total[i / 16] += q;
     }
 #endif
-    const float scale = largest / 127.0f;
+    const float scale = stored_scale(largest / 127.0f);
     return {scale, {scale * static_cast<float>(total[0]), scale * static_cast<float>(total[1])}};
 }
 
