@@ -6,7 +6,7 @@ import re
 import sys
 
 WORDS = r"keel/(core/.*|version\.hpp)"
-CONCEPT = r"keel/backend/(concept|batch)\.hpp"  # what an op is given and does; no arithmetic
+CONCEPT = r"keel/backend/(concept|batch|fused)\.hpp"  # what an op is given and does; no arithmetic
 HOST = r"keel/backend/(?!cpu|cuda)[^/]*\.hpp"
 ENGINE = WORDS + "|keel/(fwd|engine|session|sampler).hpp|keel/(io|text|model)/.*|" + CONCEPT
 CUDA = r"(cuda|cublas|cooperative_groups|mma\.h|nv/|cub/|cute/)\S*"

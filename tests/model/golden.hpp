@@ -257,8 +257,8 @@ void check_intermediates(const std::string& name) {
         std::vector<float> values;
     };
     std::vector<step> steps;
-    const observer record = [&](std::string_view operation, std::vector<float> values) {
-        steps.push_back({std::string(operation), std::move(values)});
+    const observer record = [&](const observation& seen) {
+        steps.push_back({std::string(seen.operation), seen.values});
     };
     const auto model = load<observed<B>>(model_path(name), precision::exact, 2, record);
     steps.clear();
@@ -307,6 +307,8 @@ void check_intermediates(const std::string& name) {
             for (const char* what : {"q_l2", "k_l2"}) check(l + what, take("l2_norm"));
             for (const char* what : {"g", "beta"}) check(l + what, take("kda_gates"));
             check(l + "o", take("kda_step"));
+            const auto gate = sigmoids(take("matmul"));
+            check(l + "gate", gate);
             auto gated = take("gated_norm");
             check(l + "o_gated", gated);
             for (std::size_t j = 0; j < gated.size(); ++j) gated[j] /= gate[j];

@@ -43,6 +43,10 @@ struct memory_layout {
     [[nodiscard]] KEEL_HD constexpr index latent_row_bytes() const { return latent_width * cache_element_bytes(); }
     [[nodiscard]] KEEL_HD constexpr index block_bytes() const { return mla_layers * block_rows * latent_row_bytes(); }
 
+    /// Floats that a replay needs of a token and KDA layer: its q, k, v before the convolution, the low-rank decay,
+    /// beta.
+    [[nodiscard]] KEEL_HD constexpr index kept_floats() const { return 3 * channels() + head_dim + heads; }
+
     /// S of KDA layer `layer` (counted among the KDA layers): (heads, D key, D value).
     [[nodiscard]] KEEL_HD view<float, 3> state(std::byte* recurrent, index layer) const {
         return {reinterpret_cast<float*>(recurrent) + layer * layer_floats(), heads, head_dim, head_dim};
@@ -66,6 +70,8 @@ struct segment {
     index position = 0;                  ///< tokens that the sequence already holds
     std::byte* recurrent = nullptr;      ///< backend memory, memory_layout::recurrent_bytes()
     std::byte* const* blocks = nullptr;  ///< host array of backend memory, enough blocks for position + rows
+    float* kept = nullptr;    ///< backend memory (KDA layers, kept_capacity, kept_floats()) for replays, or none
+    index kept_capacity = 0;  ///< row `position` is kept in slot position % kept_capacity
 };
 
 /// What one pass through the model works on. The segments cover the rows in order and without gaps, those with the

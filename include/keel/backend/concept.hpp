@@ -100,6 +100,17 @@ struct short_conv_args {
     const memory_layout& layout;
 };
 
+/// Copies what a replay needs of the rows to the memory of the segments that keep it (segment::kept), in the order
+/// q, k, v (C each), decay_low (D), beta (H).
+struct keep_args {
+    view<const float, 2> q, k, v;    // (n, C), before the convolution
+    view<const float, 2> decay_low;  // (n, D)
+    view<const float, 2> beta;       // (n, H), before the sigmoid
+    index layer;                     // among the KDA layers
+    std::span<const segment> segments;
+    const memory_layout& layout;
+};
+
 /// y = x / max(|x|, epsilon), per head. (The training code divides by sqrt(|x|^2 + 1e-6); GGUF runtimes agree on this
 /// form.)
 struct l2_norm_args {
@@ -224,11 +235,12 @@ struct gather_args {
 /// Operations may be asynchronous; download() waits. Weights, buffers and the device are shared between instances
 /// freely.
 ///
-/// Optional, found with `requires` by the model code, which otherwise composes the operations above:
-///   norm_matmul(rms_norm_args without out, products)   rms_norm and then matmul
-///   kda_mix(weights, projections, ...)                 all of a KDA layer between its projections in and out
-///   moe(weights, ...)                                  norm, router, experts, shared expert, residual
-///   graph(batch, pass)                                 runs pass(), or replays a recording of it
+/// Optional, found with `requires` by the model code:
+///   norm_matmul(x, norm, epsilon, products)   rms_norm and then matmul
+///   kda_mix(kda_mix_args), moe(moe_args)      larger pieces of the model in one, see fused.hpp
+///   keep(keep_args)                           keeping rows, which rewinding by replay needs
+///   graph(batch, pass)                        runs pass(), or replays a recording of it
+///   enter_layer(i)                            is told which layer the next operations belong to
 template <class B>
 concept backend = requires(B& b, const B& cb, const typename B::matrix& w, const typename B::buffer& memory,
                            std::byte* bytes, const std::byte* from, index n, std::shared_ptr<const void> owner) {

@@ -3,6 +3,7 @@
 // What the backends that compute in host memory share: buffers, weights that refer to a mapped file, the workspace.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -10,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include <keel/backend/batch.hpp>
+#include <keel/backend/concept.hpp>
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/quant.hpp>
@@ -81,6 +84,19 @@ public:
         std::memcpy(to, from, static_cast<std::size_t>(bytes));
     }
     [[nodiscard]] arena& workspace() { return workspace_; }
+
+    void keep(const keep_args& a) const {
+        for (const segment& s : a.segments) {
+            if (s.kept == nullptr) continue;
+            const view<float, 3> slots(s.kept, a.layout.kda_layers, s.kept_capacity, a.layout.kept_floats());
+            for (index i = std::max<index>(0, s.rows - s.kept_capacity); i < s.rows; ++i) {
+                float* to = slots[a.layer][(s.position + i) % s.kept_capacity].data;
+                for (const auto& part : {a.q, a.k, a.v, a.decay_low, a.beta}) {
+                    to = std::copy_n(part[s.first_row + i].data, part.extent[1], to);
+                }
+            }
+        }
+    }
 
 private:
     host_buffer memory_;

@@ -1,22 +1,30 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include <keel/backend/concept.hpp>
 #include <keel/core/compiler.hpp>
+#include <keel/core/error.hpp>
 #include <keel/core/view.hpp>
 
 namespace keel::inline KEEL_ABI {
 
-/// Called after an operation with its name and what it wrote, as f32 in host memory, in the order of the shape.
-using observer = std::function<void(std::string_view operation, std::vector<float> values)>;
+/// What an operation wrote, as f32 in host memory, in the order of the shape. `layer` is -1 outside of the layers.
+struct observation {
+    index layer;
+    std::string_view operation;
+    std::vector<float> values;
+};
+using observer = std::function<void(const observation&)>;
 
 /// A backend that shows the result of every operation to an observer: for tests and for finding the first NaN. It hides
 /// the optional fused operations of B, so that every step is seen, and it is as slow as that sounds.
@@ -33,6 +41,8 @@ public:
 
     observed(std::shared_ptr<device> shared, index workspace_bytes)
         : B(shared, workspace_bytes), device_(std::move(shared)) {}
+
+    void enter_layer(index i) { layer_ = i; }
 
     template <class... Anything>
     void norm_matmul(const Anything&...) = delete;
@@ -121,7 +131,7 @@ private:
         std::vector<float> values;
         values.reserve(static_cast<std::size_t>(written.size()));
         read(written, values);
-        device_->see(operation, std::move(values));
+        device_->see({layer_, operation, std::move(values)});
     }
 
     template <class T, int Rank>
@@ -137,6 +147,28 @@ private:
     }
 
     std::shared_ptr<device> device_;
+    index layer_ = -1;
+};
+
+/// Throws errc::numeric for the first NaN or infinity, naming the layer and the operation that wrote it.
+inline void check_finite(const observation& seen) {
+    for (std::size_t i = 0; i < seen.values.size(); ++i) {
+        if (std::isfinite(seen.values[i])) continue;
+        const std::string where = seen.layer < 0 ? "outside of the layers" : "layer " + std::to_string(seen.layer);
+        throw error(errc::numeric, where + ", " + std::string(seen.operation),
+                    std::string(std::isnan(seen.values[i]) ? "NaN" : "infinity") + " in element " + std::to_string(i));
+    }
+}
+
+/// A backend with the check switched on: basic_engine<checked<cpu>>. A session that it stopped must not go on.
+template <backend B>
+class checked : public observed<B> {
+public:
+    struct device : observed<B>::device {
+        explicit device(const backend_options& options) : observed<B>::device(options, check_finite) {}
+    };
+
+    checked(std::shared_ptr<device> shared, index workspace_bytes) : observed<B>(std::move(shared), workspace_bytes) {}
 };
 
 }  // namespace keel::inline KEEL_ABI

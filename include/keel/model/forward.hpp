@@ -24,6 +24,7 @@ view<float, 2> forward(B& b, const config& c, const weights<B>& w, const batch& 
 
     index kda_layer = 0, mla_layer = 0;
     for (const layer_weights<B>& layer : w.layers) {
+        if constexpr (requires { b.enter_layer(index{}); }) b.enter_layer(kda_layer + mla_layer);
         if (const auto* delta = std::get_if<kda_weights<B>>(&layer.mixer)) {
             kda(b, c, *delta, layer.mixer_norm, kda_layer++, rows, x);
         } else {
@@ -36,6 +37,7 @@ view<float, 2> forward(B& b, const config& c, const weights<B>& w, const batch& 
         }
     }
 
+    if constexpr (requires { b.enter_layer(index{}); }) b.enter_layer(-1);
     const auto wanted = b.workspace().template take<float>(static_cast<index>(rows.wanted.size()), c.hidden);
     b.gather({x, rows.wanted, wanted});
     b.rms_norm({wanted, w.output_norm, c.epsilon, wanted});

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include <keel/backend/concept.hpp>
+#include <keel/backend/fused.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/view.hpp>
 #include <keel/model/config.hpp>
@@ -25,6 +26,13 @@ void dense(B& b, const config& c, const swiglu_weights<B>& w, view<const float, 
 ///   x += sum over the chosen experts of w_e swiglu_e(x) + swiglu_shared(x), x normed first
 template <backend B>
 void moe(B& b, const config& c, const moe_weights<B>& w, view<const float, 1> norm, view<float, 2> x) {
+    if constexpr (requires(moe_args<typename B::matrix> fused) { b.moe(fused); }) {
+        const bool shared = c.shared_experts > 0;
+        b.moe({x, norm, c.epsilon, w.router, w.bias, c.routed_scale, c.chosen, w.experts.gate, w.experts.up,
+               w.experts.down, shared ? &w.shared.gate : nullptr, shared ? &w.shared.up : nullptr,
+               shared ? &w.shared.down : nullptr});
+        return;
+    }
     arena& memory = b.workspace();
     const arena::scope scope(memory);
     const index n = x.extent[0];

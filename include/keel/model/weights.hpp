@@ -39,6 +39,11 @@ struct kda_weights {
     typename B::vector dt_bias;                 // (C)
     typename B::vector out_norm;                // (D)
     typename B::matrix out;                     // (hidden, C)
+
+    /// A convolution's weights as (C, K).
+    static view<const float, 2> taps(const typename B::vector& conv, const config& c) {
+        return view<const float, 1>(conv).split(c.conv_kernel);
+    }
 };
 
 /// Multi-head latent attention.
