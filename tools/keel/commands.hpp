@@ -62,4 +62,13 @@ struct inspect_options {
 };
 void inspect(const inspect_options& options);
 
+struct synth_options {
+    std::string preset, out;
+    std::string type = "q4_k_m";
+    std::int64_t layers = 0;  ///< the first ones only; 0: all
+    std::uint64_t seed = 0;
+    progress tell = {};
+};
+void synth(const synth_options& options);
+
 }  // namespace tool

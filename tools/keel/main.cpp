@@ -110,6 +110,19 @@ int main(int argc, char** argv) {
     command->add_flag("--json", inspect.json, "print one JSON object");
     command->callback([&] { tool::inspect(inspect); });
 
+    tool::synth_options synth;
+    command = app.add_subcommand("synth", "random weights with a released model's shapes, for measuring");
+    command->add_option("preset", synth.preset, "kimi-linear-48b, small or tiny")->required();
+    command->add_option("out", synth.out, "GGUF file to write")->required();
+    command->add_option("--layers", synth.layers, "only the first layers")->check(CLI::PositiveNumber);
+    command->add_option("--type", synth.type, "type of the matrices, or q4_k_m, mixed as llama.cpp does")
+        ->capture_default_str();
+    command->add_option("--seed", synth.seed, "of the random numbers")->capture_default_str();
+    command->callback([&] {
+        synth.tell = tool::progress_bar();
+        tool::synth(synth);
+    });
+
     try {
         app.parse(argc, argv);
         return 0;
