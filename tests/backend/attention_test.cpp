@@ -30,7 +30,8 @@ workspace_limits limits(const mla_shape& s, index rows) {
             .mla_value = s.value_dim};
 }
 
-constexpr mla_shape shapes[] = {{1, 32, 8, 16, 16}, {3, 40, 5, 7, 9}, {16, 64, 16, 32, 32}, {33, 96, 32, 24, 48}};
+constexpr mla_shape shapes[] = {
+    {1, 32, 8, 16, 16}, {3, 40, 5, 7, 9}, {16, 64, 16, 32, 32}, {33, 96, 32, 24, 48}, {2, 64, 32, 32, 64}};
 
 /// Random operands of absorbed attention; scores of about unit size, some much larger.
 struct absorbed_operands {
@@ -167,7 +168,7 @@ TEST_CASE("Expanded attention agrees with the plain loops") {
                 thread_pool pool(threads);
                 scratch workspace(expanded_attend_scratch_bytes(limits(s, rows), threads));
                 expanded_attend(args, pool, workspace);
-                CHECK(relative_error(out, expected) <= 3e-6);
+                CHECK(relative_error(out, expected) <= 3e-5);
             }
         }
     }

@@ -442,7 +442,7 @@ inline void kda_chunk_part(const kda_part& p, const kda_state& state, const kda_
                                          .b_step = kda_columns,
                                          .c = s.product[n].data,
                                          .c_row = kda_columns};
-        multiply(among_tokens, [](index, auto&& old) { return old(); });
+        multiply_onto(among_tokens);
         for (index t = 0; t < n; ++t) std::copy_n(s.product[n + t].data, columns, p.out(t) + first);
         multiply_into({.rows = dim,
                        .columns = columns,

@@ -86,6 +86,11 @@ inline void multiply(const small_product& p) {
     multiply(p, [](index, auto&&) { return floats(0.0f); });
 }
 
+/// c += a b
+inline void multiply_onto(const small_product& p) {
+    multiply(p, [](index, auto&& old) { return old(); });
+}
+
 /// c(r, .) = keep[r] c(r, .) + (a b)(r, .)
 inline void multiply_into(const small_product& p, const float* keep) {
     multiply(p, [&](index r, auto&& old) { return floats(keep[r]) * old(); });
