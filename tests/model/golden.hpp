@@ -301,8 +301,6 @@ void check_intermediates(const std::string& name) {
             for (int low_rank = 0; low_rank < 3; ++low_rank)
                 take("matmul");  // down projections, beta before its sigmoid
             take("matmul");      // decay before its softplus
-            const auto gate = sigmoids(take("matmul"));
-            check(l + "gate", gate);
             for (const char* what : {"q_conv", "k_conv", "v_conv"}) check(l + what, take("short_conv"));
             for (const char* what : {"q_l2", "k_l2"}) check(l + what, take("l2_norm"));
             for (const char* what : {"g", "beta"}) check(l + what, take("kda_gates"));
