@@ -2,8 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <span>
 #include <string>
@@ -12,12 +15,14 @@
 #include <vector>
 
 #include <keel/backend/concept.hpp>
+#include <keel/core/checksum.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/error.hpp>
 #include <keel/core/progress.hpp>
 #include <keel/core/token.hpp>
 #include <keel/core/view.hpp>
 #include <keel/io/gguf.hpp>
+#include <keel/io/snapshot.hpp>
 #include <keel/model/config.hpp>
 #include <keel/model/executor.hpp>
 #include <keel/model/plan.hpp>
@@ -73,6 +78,24 @@ inline index context_of(const config& c, const session_options& options) {
     return options.context > 0 ? options.context : std::min<index>(c.context, 8192);
 }
 
+/// A number that tells model files apart: of all metadata, of the tensors' names, types and shapes, and of the first
+/// bytes of each tensor.
+inline std::uint64_t fingerprint_of(const gguf& file) {
+    checksum sum;
+    const auto add = [&](std::string_view text) { sum.add(std::as_bytes(std::span(text))); };
+    for (const gguf_value& value : file.values()) {
+        add(value.key());
+        sum.add(value.raw());
+    }
+    for (const tensor_info& t : file.tensors()) {
+        add(t.name);
+        sum.add(std::as_bytes(std::span(t.dims)));
+        sum.add(std::as_bytes(std::span(&t.type_id, 1)));
+        sum.add(t.data.first(std::min<std::size_t>(t.data.size(), 256)));
+    }
+    return sum.value();
+}
+
 /// A loaded model. Immutable: threads may share it, and so may any number of sessions. A handle: copies refer to the
 /// same model, which lives as long as any engine or session of it.
 template <backend B>
@@ -86,7 +109,8 @@ public:
     }
 
     /// The same for a file that is open already.
-    explicit basic_engine(gguf file, const engine_options& options = {}) : file_(std::move(file)) {
+    explicit basic_engine(gguf file, const engine_options& options = {})
+        : file_(std::move(file)), memory_(options.memory) {
         if (options.batch_rows < 1) throw error(errc::argument, "batch_rows", "must be at least 1");
         const backend_options chosen{options.precision, options.threads, options.device};
         config shape = read_config(file_);
@@ -95,12 +119,54 @@ public:
         B loader(device, 0);
         auto loaded = load_weights(loader, file_, shape, options.tell);
         model_ = std::shared_ptr<const detail::loaded_model<B>>(new detail::loaded_model<B>{
-            std::move(text), {std::move(shape), chosen, options.batch_rows, std::move(device), std::move(loaded)}});
+            std::move(text),
+            fingerprint_of(file_),
+            {std::move(shape), chosen, options.batch_rows, std::move(device), std::move(loaded)}});
     }
 
-    /// An empty session. Throws errc::argument for a context that the model was not trained for.
+    /// An empty session. Throws errc::argument for a context that the model was not trained for, errc::capacity if the
+    /// engine's limit of memory does not allow it; the message says what it would allow.
     [[nodiscard]] basic_session<B> start(const session_options& options = {}) const {
-        return {model_, context_of(shape(), options)};
+        require_memory(options);
+        return {model_, context_of(shape(), options), options};
+    }
+
+    /// A session that goes on where the saved one was. Throws errc::file, errc::format for a damaged file,
+    /// errc::unsupported for another version, errc::argument for another model's or precision's, errc::capacity if the
+    /// context cannot hold it.
+    [[nodiscard]] basic_session<B> resume(const std::filesystem::path& path,
+                                          const session_options& options = {}) const {
+        require_memory(options);
+        return {model_, context_of(shape(), options), options, snapshot(path)};
+    }
+
+    /// Runs tokens of many sessions through the model together, at most `budget` (or batch_rows, if that is less) in
+    /// all: first those of the sessions with the fewest, so that drawing does not wait for a long prompt. Answers how
+    /// many ran. The results are those of each session alone: to the bit in precision::exact. A session that is ready()
+    /// takes no part.
+    index step(std::span<basic_session<B>* const> sessions, index budget = std::numeric_limits<index>::max()) const {
+        std::vector<basic_session<B>*> waiting;
+        for (basic_session<B>* s : sessions) {
+            if (s->model_ != model_) throw error(errc::argument, "session", "belongs to another engine");
+            if (s->position() > s->state_.length()) waiting.push_back(s);
+        }
+        std::ranges::stable_sort(waiting, {}, [](const auto* s) { return s->position() - s->state_.length(); });
+        std::deque<detail::one_at_a_time::hold> alone;
+        std::vector<job<B>> jobs;
+        index left = std::min(budget, model_->run.batch_rows()), context = 0;
+        for (basic_session<B>* s : waiting) {
+            if (left <= 0) break;
+            alone.emplace_back(s->in_use_);
+            jobs.push_back(s->next_job(left));
+            left -= static_cast<index>(jobs.back().tokens.size());
+            context = std::max(context, s->context_);
+        }
+        if (jobs.empty()) return 0;
+        model_->run.run(
+            std::span<const job<B>>(jobs), context,
+            [&](B& b, std::size_t i, index, view<const float, 1> from) { waiting[i]->read_logits(b, from); });
+        for (std::size_t i = 0; i < jobs.size(); ++i) waiting[i]->finish(jobs[i]);
+        return std::min(budget, model_->run.batch_rows()) - left;
     }
 
     /// Text to tokens. Control tokens in the text are recognised only if `special`: leave it off for what a user has
@@ -113,10 +179,10 @@ public:
     [[nodiscard]] std::string_view text(token t) const { return vocabulary().bytes(t); }
     [[nodiscard]] std::string text(std::span<const token> tokens) const { return vocabulary().decode(tokens); }
 
-    /// What a session needs, exactly, and what the weights take.
+    /// What such a session and the model take, exactly.
     [[nodiscard]] memory_plan plan(const session_options& options = {}) const {
-        return make_plan<B>(shape(), model_->run.options(), weight_bytes(file_), model_->run.batch_rows(),
-                            context_of(shape(), options));
+        return make_plan<B>(shape(), {model_->run.options(), weight_bytes(file_), model_->run.batch_rows(),
+                                      context_of(shape(), options), options.checkpoints, options.replay});
     }
 
     /// Bytes that a token at this position has to read or write, at least: the weights that it uses, the state twice,
@@ -130,7 +196,26 @@ public:
     [[nodiscard]] const gguf& file() const { return file_; }
 
 private:
+    void require_memory(const session_options& options) const {
+        if (memory_ == 0) return;
+        const memory_plan needed = plan(options);
+        if (needed.total() <= memory_) return;
+        const auto text = [](index bytes) { return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB"; };
+        const index for_cache = memory_ - (needed.total() - needed.cache);
+        const index blocks = for_cache < 0 || needed.cache_per_token == 0
+                                 ? 0
+                                 : for_cache / (needed.cache_per_token * memory_layout::block_rows);
+        throw error(
+            errc::capacity, "memory",
+            "a session needs " + text(needed.total()) + " (weights " + text(needed.weights) + ", workspace " +
+                text(needed.workspace) + ", state " + text(needed.state + needed.going_back) + ", cache " +
+                text(needed.cache) + "), allowed are " + text(memory_) + "; " +
+                (blocks > 0 ? "a context of " + std::to_string(blocks * memory_layout::block_rows) + " tokens would fit"
+                            : "no context would fit"));
+    }
+
     gguf file_;
+    index memory_ = 0;
     std::shared_ptr<const detail::loaded_model<B>> model_;
 };
 

@@ -2,9 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -19,7 +23,9 @@
 #include <keel/core/progress.hpp>
 #include <keel/core/token.hpp>
 #include <keel/core/view.hpp>
+#include <keel/io/snapshot.hpp>
 #include <keel/model/executor.hpp>
+#include <keel/model/history.hpp>
 #include <keel/model/state.hpp>
 #include <keel/text/tokenizer.hpp>
 
@@ -27,6 +33,15 @@ namespace keel::inline KEEL_ABI {
 
 struct session_options {
     index context = 0;  ///< most tokens that the session will hold; 0: what the model was trained for, at most 8192
+
+    /// Copies of the recurrent state (43 MB each for Kimi-Linear) that the session keeps by itself where turns begin
+    /// and every checkpoint_every tokens, so that going back does not mean starting anew.
+    index checkpoints = 4;
+    index checkpoint_every = 2048;
+
+    /// rewind() goes back by up to this many tokens by replaying their recurrence instead of running the model (about 2
+    /// MB a token for Kimi-Linear). 0: no replays.
+    index replay = 0;
 };
 
 /// What to do on the way through a feed.
@@ -37,20 +52,57 @@ struct feed_options {
     std::function<void(index position, std::span<const float> logits)> each = {};
 };
 
+/// How a session came to hold other tokens than before.
+struct rewound {
+    index reused = 0;    ///< tokens of which nothing had to be computed
+    index replayed = 0;  ///< tokens whose recurrence was repeated
+    index computed = 0;  ///< tokens that ran, or will run with the next feed, through the model
+};
+
 namespace detail {
 
 /// What an engine shares with its sessions.
 template <backend B>
 struct loaded_model {
     tokenizer text;
+    std::uint64_t fingerprint;
     executor<B> run;
+};
+
+/// Notices two threads in one object. A copy is another object.
+class one_at_a_time {
+public:
+    one_at_a_time() = default;
+    one_at_a_time(const one_at_a_time&) noexcept {}
+    one_at_a_time& operator=(const one_at_a_time&) noexcept { return *this; }
+
+    class hold {
+    public:
+        explicit hold(one_at_a_time& of) : of_(of) {
+            if (of.taken_.test_and_set(std::memory_order_acquire)) {
+                throw error(errc::argument, "session", "is used by two threads at the same time");
+            }
+        }
+        ~hold() { of_.taken_.clear(std::memory_order_release); }
+        hold(const hold&) = delete;
+        hold& operator=(const hold&) = delete;
+
+    private:
+        one_at_a_time& of_;
+    };
+
+private:
+    std::atomic_flag taken_;
 };
 
 }  // namespace detail
 
-/// One timeline: tokens, and the state that the model has after them. Made by an engine, which it keeps alive. A value:
-/// a copy goes on independently, and to the bit as the original would. One session serves one thread at a time;
-/// different sessions, also of one engine, may run on different threads.
+/// One timeline: tokens, and the state that the model has after them. Made by an engine, which it keeps alive.
+///
+/// A value: a copy goes on independently, and to the bit as the original would. Copying costs the recurrent state; the
+/// latent cache is shared until one of the two appends to it. One session serves one thread at a time (a second one is
+/// errc::argument); different sessions, also of one engine, may run on different threads. After errc::device or
+/// errc::numeric a session must not go on.
 template <backend B>
 class basic_session {
 public:
@@ -58,16 +110,16 @@ public:
     /// errc::capacity if the context cannot hold them, both before anything happens; errc::cancelled if progress says
     /// so.
     void feed(std::span<const token> tokens, const feed_options& options = {}) {
-        const index vocabulary = model_->run.shape().vocabulary;
-        for (const token t : tokens) {
-            if (t < 0 || t >= vocabulary) {
-                throw error(errc::argument, "token " + std::to_string(t),
-                            "outside the vocabulary of " + std::to_string(vocabulary) + " tokens");
-            }
-        }
-        require_room(static_cast<index>(tokens.size()));
-        tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+        const detail::one_at_a_time::hold alone(in_use_);
+        push(tokens);
         evaluate(options);
+    }
+
+    /// Appends tokens that run through the model later: with the next feed, or together with other sessions' in
+    /// engine.step(). Throws as feed() does.
+    void append(std::span<const token> tokens) {
+        const detail::one_at_a_time::hold alone(in_use_);
+        push(tokens);
     }
 
     /// Draws the next token and appends it, or answers nothing if it ends the generation; then nothing is appended.
@@ -75,8 +127,10 @@ public:
     /// full, and what `sample` throws.
     template <std::invocable<std::span<const float>> Sample>
     std::optional<token> next(Sample&& sample) {
+        const detail::one_at_a_time::hold alone(in_use_);
         require_room(1);
-        const token drawn = sample(logits());
+        evaluate({});
+        const token drawn = sample(std::span<const float>(logits_));
         if (model_->text.is_end_of_generation(drawn)) return std::nullopt;
         tokens_.push_back(drawn);  // runs through the model when its logits are asked for
         return drawn;
@@ -85,9 +139,13 @@ public:
     /// The logits of what comes after the last token: one per entry of the vocabulary, empty if no token was fed yet.
     /// Valid until the session changes.
     [[nodiscard]] std::span<const float> logits() {
+        const detail::one_at_a_time::hold alone(in_use_);
         evaluate({});
         return logits_;
     }
+
+    /// Whether logits() is there without running the model.
+    [[nodiscard]] bool ready() const { return !tokens_.empty() && logits_behind_ == position(); }
 
     /// All tokens so far, drawn ones included.
     [[nodiscard]] std::span<const token> tokens() const { return tokens_; }
@@ -98,57 +156,292 @@ public:
     /// The most tokens there can be.
     [[nodiscard]] index context() const { return context_; }
 
+    /// Keeps a copy of the state here, to which rewind() goes back at once. Sessions do so by themselves where a feed
+    /// begins (see session_options); the number of copies is bounded, and old ones make room for new ones.
+    void checkpoint() {
+        const detail::one_at_a_time::hold alone(in_use_);
+        evaluate({});
+        remember();
+    }
+
+    /// Forgets all tokens behind the first `position`. The session is then as if it had been fed those alone: exactly
+    /// so in precision::exact, within rounding in fast. Goes back to a kept state, replays, or leaves tokens to be
+    /// computed again by the next feed, whatever is least work; the answer says which. Throws errc::argument for a
+    /// position behind the end.
+    rewound rewind(index position) {
+        const detail::one_at_a_time::hold alone(in_use_);
+        return go_back(position);
+    }
+
+    /// Makes the session hold exactly these tokens with the least work: keeps what they have in common with its own,
+    /// and runs the rest. Throws as feed() does.
+    rewound sync(std::span<const token> tokens, const feed_options& options = {}) {
+        const detail::one_at_a_time::hold alone(in_use_);
+        check(tokens);
+        if (static_cast<index>(tokens.size()) > context_) no_room(static_cast<index>(tokens.size()), 0);
+        const auto common = std::ranges::mismatch(tokens, tokens_).in1 - tokens.begin();
+        rewound how = go_back(common);
+        push(tokens.subspan(static_cast<std::size_t>(common)));
+        how.computed = position() - state_.length();
+        evaluate(options);
+        return how;
+    }
+
+    /// Writes tokens, state and cache to a file that engine.resume() reads. Checkpoints are not part of it. The file
+    /// appears under its name when it is complete. Throws errc::file.
+    void save(const std::filesystem::path& path) {
+        const detail::one_at_a_time::hold alone(in_use_);
+        snapshot_header header;
+        header.model = model_->fingerprint;
+        header.layout = layout_numbers(state_.layout());
+        header.state_tokens = static_cast<std::uint64_t>(state_.length());
+        header.tokens = tokens_.size();
+        const bool with_logits = logits_behind_ == state_.length();
+        header.logits = with_logits ? logits_.size() : 0;
+        header.recurrent_bytes = static_cast<std::uint64_t>(state_.recurrent().size());
+        header.blocks = state_.blocks().size();
+        header.block_bytes = static_cast<std::uint64_t>(state_.layout().block_bytes());
+        snapshot_writer file(path, header);
+        file.write(std::as_bytes(std::span(tokens_)));
+        file.write(std::as_bytes(std::span(logits_).first(header.logits)));
+        model_->run.with_backend([&](B& b) {
+            std::vector<std::byte> piece;
+            const auto write = [&](const typename B::buffer& from) {
+                piece.resize(static_cast<std::size_t>(from.size()));
+                b.download(piece.data(), from.data(), from.size());
+                file.write(piece);
+            };
+            write(state_.recurrent());
+            for (const auto& block : state_.blocks()) write(*block);
+        });
+        file.commit();
+    }
+
 private:
     template <backend>
     friend class basic_engine;
 
-    basic_session(std::shared_ptr<const detail::loaded_model<B>> model, index context)
-        : model_(std::move(model)), context_(context), state_(model_->run.make_state()) {
+    /// Tokens that a feed must have for a checkpoint in front of it: a turn, not a token drawn elsewhere.
+    static constexpr index turn_tokens = 16;
+
+    basic_session(std::shared_ptr<const detail::loaded_model<B>> model, index context, const session_options& options)
+        : model_(std::move(model)),
+          context_(context),
+          checkpoint_every_(options.checkpoint_every),
+          state_(model_->run.make_state()),
+          history_(options.checkpoints) {
+        const auto require = [](bool good, const char* name, const char* what) {
+            if (!good) throw error(errc::argument, name, what);
+        };
+        require(options.checkpoints >= 0, "checkpoints", "must not be negative");
+        require(options.checkpoint_every > 0, "checkpoint_every", "must be at least 1");
+        require(options.replay >= 0 && options.replay <= context, "replay", "must be from 0 to the context");
+        if (options.replay > 0) {
+            require(executor<B>::can_replay, "replay", "is not possible on this backend");
+            model_->run.with_backend([&](B& b) { window_.emplace(b, state_.layout(), options.replay); });
+            window_->begin_at(copy_state());
+        }
         model_->run.prepare(context_);
         tokens_.reserve(static_cast<std::size_t>(std::min(context_, index{1} << 16)));
     }
 
-    void require_room(index more) const {
-        if (more > context_ - position()) {
-            throw error(errc::capacity, "context",
-                        "holds " + std::to_string(context_) + " tokens, " + std::to_string(position()) +
-                            " are taken and " + std::to_string(more) + " more do not fit");
+    /// Continues from a snapshot, see basic_engine::resume.
+    basic_session(std::shared_ptr<const detail::loaded_model<B>> model, index context, const session_options& options,
+                  const snapshot& from)
+        : basic_session(std::move(model), context, options) {
+        const snapshot_header& header = from.header();
+        if (header.model != model_->fingerprint) from.fail(errc::argument, "belongs to another model");
+        const memory_layout layout = state_.layout();
+        if (header.layout != layout_numbers(layout)) from.fail(errc::argument, "was made with another precision");
+        const index length = static_cast<index>(header.state_tokens);
+        const index blocks =
+            layout.mla_layers == 0 ? 0 : (length + memory_layout::block_rows - 1) / memory_layout::block_rows;
+        if (header.state_tokens > header.tokens || (header.logits != 0 && header.logits != vocabulary()) ||
+            header.recurrent_bytes != static_cast<std::uint64_t>(layout.recurrent_bytes()) ||
+            header.blocks != static_cast<std::uint64_t>(blocks) ||
+            header.block_bytes != static_cast<std::uint64_t>(layout.block_bytes())) {
+            from.fail(errc::format, "contradicts itself");
         }
+        std::vector<token> tokens(header.tokens);
+        std::memcpy(tokens.data(), from.tokens.data(), from.tokens.size());
+        push(tokens);
+        model_->run.with_backend(
+            [&](B& b) { state_ = sequence_state<B>(b, layout, length, from.recurrent, from.blocks); });
+        if (header.logits != 0) {
+            logits_.resize(header.logits);
+            std::memcpy(logits_.data(), from.logits.data(), from.logits.size());
+            logits_behind_ = length;
+        }
+        if (window_) window_->begin_at(copy_state());
+    }
+
+    static std::array<std::uint64_t, 8> layout_numbers(const memory_layout& l) {
+        const auto number = [](index n) { return static_cast<std::uint64_t>(n); };
+        return {
+            number(l.kda_layers), number(l.heads),        number(l.head_dim),   number(l.taps),
+            number(l.mla_layers), number(l.latent_width), number(l.block_rows), static_cast<std::uint64_t>(l.cache)};
+    }
+
+    [[nodiscard]] std::uint64_t vocabulary() const {
+        return static_cast<std::uint64_t>(model_->run.shape().vocabulary);
+    }
+
+    void check(std::span<const token> tokens) const {
+        for (const token t : tokens) {
+            if (t < 0 || static_cast<std::uint64_t>(t) >= vocabulary()) {
+                throw error(errc::argument, "token " + std::to_string(t),
+                            "outside the vocabulary of " + std::to_string(vocabulary()) + " tokens");
+            }
+        }
+    }
+
+    [[noreturn]] void no_room(index more, index taken) const {
+        throw error(errc::capacity, "context",
+                    "holds " + std::to_string(context_) + " tokens, " + std::to_string(taken) + " are taken and " +
+                        std::to_string(more) + " more do not fit");
+    }
+
+    void require_room(index more) const {
+        if (more > context_ - position()) no_room(more, position());
+    }
+
+    void push(std::span<const token> tokens) {
+        check(tokens);
+        require_room(static_cast<index>(tokens.size()));
+        if (static_cast<index>(tokens.size()) >= turn_tokens) remember();
+        tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+    }
+
+    [[nodiscard]] state_copy<B> copy_state() const {
+        return {state_.length(), std::make_shared<const typename B::buffer>(state_.recurrent()),
+                logits_behind_ == state_.length() ? logits_ : std::vector<float>{}};
+    }
+
+    void remember() {
+        if (state_.length() > 0) history_.add(copy_state());
+    }
+
+    /// The next part of the tokens that the model has not seen, at most `most` of them.
+    [[nodiscard]] job<B> next_job(index most) {
+        const index done = state_.length();
+        const index left = position() - done;
+        index rows = std::min(most, left);
+        const replay_window<B>* keep = nullptr;
+        if (window_ && left > window_->reach()) {
+            rows = std::min(rows, left - window_->reach());  // behind these a new window begins
+        } else if (window_) {
+            rows = std::min(rows, window_->reach());
+            if (done + rows - window_->start().length > window_->capacity())
+                move_window(done - (window_->reach() - rows));
+            keep = &*window_;
+        }
+        const auto part = tokens().subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(rows));
+        return {&state_, part, rows == left ? want::last : want::none, keep};
+    }
+
+    /// After a job has run. The logits of its last row, if there are any, are in logits_.
+    void finish(const job<B>& ran) {
+        if (ran.logits != want::none) logits_behind_ = state_.length();
+        if (window_ && ran.keep == nullptr) window_->begin_at(copy_state());
+        if (state_.length() - history_.last_length() >= checkpoint_every_) remember();
+    }
+
+    /// Lets the window begin at a later state, which it finds by replay.
+    void move_window(index start) {
+        sequence_state<B> state = model_->run.make_state();
+        state.resume(*window_->start().recurrent, window_->start().length, 0);
+        model_->run.replay(state, *window_, start - state.length(), context_);
+        window_->begin_at({start, std::make_shared<const typename B::buffer>(state.recurrent()), {}});
+    }
+
+    void read_logits(B& b, view<const float, 1> from) {
+        logits_.resize(static_cast<std::size_t>(from.size()));
+        b.download(reinterpret_cast<std::byte*>(logits_.data()), reinterpret_cast<const std::byte*>(from.data),
+                   from.size() * index{sizeof(float)});
     }
 
     /// Runs the model over the tokens that it has not seen.
     void evaluate(const feed_options& options) {
+        if (state_.length() == position() && logits_behind_ != position() && position() > 0) step_back();
         const index first = state_.length();
-        const index total = position() - first;
+        const auto total = static_cast<std::uint64_t>(position() - first);
+        const auto tell = [&] {
+            report(options.tell, "prefill", static_cast<std::uint64_t>(state_.length() - first), total);
+        };
         try {
             while (state_.length() < position()) {
+                tell();
                 const index done = state_.length();
-                report(options.tell, "prefill", static_cast<std::uint64_t>(done - first),
-                       static_cast<std::uint64_t>(total));
-                const index rows = std::min(model_->run.batch_rows(), position() - done);
-                const want logits = options.each ? want::all : done + rows == position() ? want::last : want::none;
-                const job<B> next{
-                    &state_, tokens().subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(rows)), logits};
+                job<B> next = next_job(model_->run.batch_rows());
+                if (options.each) next.logits = want::all;
                 model_->run.run({&next, 1}, context_, [&](B& b, std::size_t, index row, view<const float, 1> from) {
-                    logits_.resize(static_cast<std::size_t>(from.size()));
-                    b.download(reinterpret_cast<std::byte*>(logits_.data()),
-                               reinterpret_cast<const std::byte*>(from.data), from.size() * index{sizeof(float)});
+                    read_logits(b, from);
                     if (options.each) options.each(done + row, logits_);
                 });
+                finish(next);
             }
         } catch (...) {
             tokens_.resize(static_cast<std::size_t>(state_.length()));  // behind the last whole batch
             throw;
         }
-        if (total > 0)
-            report(options.tell, "prefill", static_cast<std::uint64_t>(total), static_cast<std::uint64_t>(total));
+        if (total > 0) tell();
+    }
+
+    /// The state holds all tokens, but their logits are not known: goes back by one, so that they can be computed.
+    void step_back() {
+        const std::vector<token> last(tokens_.end() - 1, tokens_.end());
+        go_back(position() - 1);
+        tokens_.insert(tokens_.end(), last.begin(), last.end());
+    }
+
+    rewound go_back(index target) {
+        if (target < 0 || target > position()) {
+            throw error(errc::argument, "position " + std::to_string(target),
+                        "outside the " + std::to_string(position()) + " tokens of the session");
+        }
+        index replayed = 0;
+        if (target < state_.length()) {
+            // Without its logits a state at the target is of no use: the last token has to run again, so one less will
+            // do.
+            const auto* copy = history_.at_most(target);
+            if (copy != nullptr && copy->length == target && copy->logits.empty()) copy = history_.at_most(target - 1);
+            const index kept = copy == nullptr ? 0 : copy->length;
+            const index wanted = std::max<index>(target - 1, 0);
+            if (window_ && window_->start().length <= wanted && kept < target) {
+                const state_copy<B> start = window_->start();
+                replayed = wanted - start.length;
+                state_.resume(*start.recurrent, start.length, wanted);
+                model_->run.replay(state_, *window_, replayed, context_);
+                set_logits(start.length == wanted ? start.logits : std::vector<float>{});
+            } else if (copy != nullptr) {
+                state_.resume(*copy->recurrent, copy->length, copy->length);
+                set_logits(copy->logits);
+            } else {
+                state_ = model_->run.make_state();
+                set_logits({});
+            }
+            history_.forget_behind(target);
+            if (window_ && window_->start().length > state_.length()) window_->begin_at(copy_state());
+        }
+        tokens_.resize(static_cast<std::size_t>(target));
+        return {state_.length() - replayed, replayed, target - state_.length()};
+    }
+
+    void set_logits(std::vector<float> logits) {
+        logits_behind_ = logits.empty() ? -1 : state_.length();
+        logits_ = std::move(logits);
     }
 
     std::shared_ptr<const detail::loaded_model<B>> model_;
     index context_;
+    index checkpoint_every_;
+    std::vector<token> tokens_;  // the state holds all but perhaps the last ones
     sequence_state<B> state_;
-    std::vector<token> tokens_;  // the state holds all but perhaps the last one drawn
-    std::vector<float> logits_;  // after the last token that the state holds
+    std::vector<float> logits_;
+    index logits_behind_ = -1;  // the length of the state that logits_ belongs to
+    state_history<B> history_;
+    std::optional<replay_window<B>> window_;
+    detail::one_at_a_time in_use_;
 };
 
 }  // namespace keel::inline KEEL_ABI

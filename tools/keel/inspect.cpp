@@ -4,7 +4,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
-#include <keel/backend/reference.hpp>
+#include <keel/backend/cpu.hpp>
 #include <keel/engine.hpp>
 #include <keel/model/plan.hpp>
 
@@ -85,10 +85,15 @@ nlohmann::ordered_json describe(const keel::gguf& file, std::int64_t context) {
     const keel::memory_layout layout = c.memory(keel::precision::fast);
     const auto plan =
         keel::make_plan<keel::reference>(c, {}, keel::weight_bytes(file), keel::engine_options{}.batch_rows, length);
-    about["memory"] = {{"context", length},     {"weights", plan.weights},
-                       {"state", plan.state},   {"cache_per_token", plan.cache_per_token},
-                       {"cache", plan.cache},   {"workspace", plan.workspace},
-                       {"total", plan.total()}, {"bytes_per_decoded_token", keel::bytes_per_token(file, c, layout, 0)}};
+    about["memory"] = {{"context", length},
+                       {"weights", plan.weights},
+                       {"state", plan.state},
+                       {"cache_per_token", plan.cache_per_token},
+                       {"cache", plan.cache},
+                       {"checkpoints", plan.going_back},
+                       {"workspace", plan.workspace},
+                       {"total", plan.total()},
+                       {"bytes_per_decoded_token", keel::bytes_per_token(file, c, layout, 0)}};
     return about;
 }
 
@@ -125,8 +130,8 @@ void print(const nlohmann::ordered_json& about) {
     for (const auto& [name, value] : about["tokenizer"].items()) row(("  " + name).c_str(), value.dump());
     const auto& memory = about["memory"];
     std::printf("memory for one session of %d tokens\n", memory["context"].get<int>());
-    for (const char* name :
-         {"weights", "state", "cache_per_token", "cache", "workspace", "total", "bytes_per_decoded_token"}) {
+    for (const char* name : {"weights", "state", "cache_per_token", "cache", "checkpoints", "workspace", "total",
+                             "bytes_per_decoded_token"}) {
         row((std::string("  ") + name).c_str(), size(memory[name]));
     }
 }

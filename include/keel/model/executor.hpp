@@ -8,6 +8,7 @@
 #include <numeric>
 #include <span>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <keel/backend/batch.hpp>
@@ -17,6 +18,8 @@
 #include <keel/core/view.hpp>
 #include <keel/model/config.hpp>
 #include <keel/model/forward.hpp>
+#include <keel/model/history.hpp>
+#include <keel/model/kda.hpp>
 #include <keel/model/plan.hpp>
 #include <keel/model/state.hpp>
 #include <keel/model/weights.hpp>
@@ -32,6 +35,7 @@ struct job {
     sequence_state<B>* state;
     std::span<const token> tokens;
     want logits = want::last;
+    const replay_window<B>* keep = nullptr;  ///< where the rows are kept for replays
 };
 
 /// A loaded model, ready to run batches. Threads may share it: every run borrows a backend instance of its own, of
@@ -54,8 +58,7 @@ public:
 
     /// An empty sequence.
     [[nodiscard]] sequence_state<B> make_state() const {
-        const borrowed b(*this, 0);
-        return {*b, layout()};
+        return with_backend([&](B& b) { return sequence_state<B>(b, layout()); });
     }
 
     /// Makes sure that a run with sequences of up to `context` tokens will not have to allocate its workspace.
@@ -87,6 +90,10 @@ public:
             const index first = static_cast<index>(tokens.size());
             const index rows = static_cast<index>(jobs[j].tokens.size());
             segments.push_back(jobs[j].state->extend(b, first, rows));
+            if (const auto* keep = jobs[j].keep) {
+                segments.back().kept = keep->rows();
+                segments.back().kept_capacity = keep->capacity();
+            }
             tokens.insert(tokens.end(), jobs[j].tokens.begin(), jobs[j].tokens.end());
             const index from = jobs[j].logits == want::all ? 0 : jobs[j].logits == want::last ? rows - 1 : rows;
             for (index r = from; r < rows; ++r) {
@@ -126,6 +133,49 @@ public:
             const origin& from = origins[static_cast<std::size_t>(r)];
             deliver(b, from.job, from.row, view<const float, 1>(done.logits[in_group]));
         }
+    }
+
+    /// Whether rows can be kept and replayed.
+    static constexpr bool can_replay = requires(B & b, keep_args a) { b.keep(a); };
+
+    /// Advances the recurrent state by `rows` tokens whose rows were kept; the latent cache holds them already.
+    void replay(sequence_state<B>& state, const replay_window<B>& window, index rows, index context) const {
+        borrowed borrow(*this, context);
+        B& b = *borrow;
+        const memory_layout layout = this->layout();
+        const index most = std::min(batch_rows_, b.prefill_from() - 1);  // token by token, as they were computed
+        while (rows > 0) {
+            const arena::scope scope(b.workspace());
+            const index n = std::min(rows, most);
+            std::vector<index> slots(static_cast<std::size_t>(n));
+            for (index i = 0; i < n; ++i) slots[static_cast<std::size_t>(i)] = (state.length() + i) % window.capacity();
+            const segment whole = state.replay(n);
+            const auto take = [&](index columns) { return b.workspace().template take<float>(n, columns); };
+            const kda_inputs in{take(layout.channels()), take(layout.channels()), take(layout.channels()),
+                                take(layout.head_dim), take(layout.heads)};
+            const auto out = take(layout.channels());
+            index kda_layer = 0;
+            for (const layer_weights<B>& layer : weights_.layers) {
+                const auto* w = std::get_if<kda_weights<B>>(&layer.mixer);
+                if (w == nullptr) continue;
+                const view<float, 3> kept(window.rows(), layout.kda_layers, window.capacity(), layout.kept_floats());
+                index column = 0;
+                for (const auto& part : {in.q, in.k, in.v, in.decay_low, in.beta}) {
+                    b.gather({kept[kda_layer].columns(column, part.extent[1]), slots, part});
+                    column += part.extent[1];
+                }
+                kda_recurrence(b, shape_, *w, in, kda_layer++, {{}, {&whole, 1}, {}, &layout}, out);
+            }
+            state.advance(n);
+            rows -= n;
+        }
+    }
+
+    /// Calls f(backend) with an instance for work on memory.
+    template <class F>
+    decltype(auto) with_backend(F&& f) const {
+        const borrowed b(*this, 0);
+        return f(*b);
     }
 
 private:

@@ -19,6 +19,7 @@
 #include <keel/io/gguf.hpp>
 #include <keel/model/config.hpp>
 #include <keel/model/forward.hpp>
+#include <keel/model/history.hpp>
 #include <keel/model/weights.hpp>
 
 namespace keel::inline KEEL_ABI {
@@ -28,11 +29,13 @@ namespace keel::inline KEEL_ABI {
 struct memory_plan {
     index weights = 0;
     index workspace = 0;        ///< per batch in flight: one for each thread that runs sessions
-    index state = 0;            ///< recurrent state of one session, whatever its length
-    index cache_per_token = 0;  ///< latent cache of one session
+    index state = 0;            ///< recurrent state of a session, whatever its length
+    index cache_per_token = 0;  ///< latent cache of a session
     index cache = 0;            ///< the same for a full context, in whole blocks
+    index going_back = 0;       ///< of a session: its checkpoints, and what replays need
 
-    [[nodiscard]] index total(index sessions = 1) const { return weights + workspace + sessions * (state + cache); }
+    [[nodiscard]] index session() const { return state + cache + going_back; }
+    [[nodiscard]] index total(index sessions = 1) const { return weights + workspace + sessions * session(); }
 };
 
 namespace detail {
@@ -128,16 +131,27 @@ inline index bytes_per_token(const gguf& file, const config& c, const memory_lay
     return bytes;
 }
 
-/// The plan for a file whose tensors take `weight_bytes`.
+/// What a plan depends on, besides the model.
+struct plan_options {
+    backend_options backend;
+    index weight_bytes = 0;
+    index batch_rows = 0;
+    index context = 0;
+    index checkpoints = 0;  ///< states that a session keeps
+    index replay = 0;       ///< tokens that it can go back by replay
+};
+
 template <backend B>
-memory_plan make_plan(const config& c, const backend_options& options, index weight_bytes, index rows, index context) {
-    const memory_layout layout = c.memory(options.precision);
-    const index blocks = (context + memory_layout::block_rows - 1) / memory_layout::block_rows;
-    return {.weights = weight_bytes,
-            .workspace = workspace_bytes<B>(c, options, rows, context),
+memory_plan make_plan(const config& c, const plan_options& o) {
+    const memory_layout layout = c.memory(o.backend.precision);
+    const index blocks = (o.context + memory_layout::block_rows - 1) / memory_layout::block_rows;
+    const index window = o.replay == 0 ? 0 : layout.recurrent_bytes() + replay_window_bytes(layout, o.replay);
+    return {.weights = o.weight_bytes,
+            .workspace = workspace_bytes<B>(c, o.backend, o.batch_rows, o.context),
             .state = layout.recurrent_bytes(),
             .cache_per_token = layout.mla_layers * layout.latent_row_bytes(),
-            .cache = blocks * layout.block_bytes()};
+            .cache = blocks * layout.block_bytes(),
+            .going_back = o.checkpoints * layout.recurrent_bytes() + window};
 }
 
 }  // namespace keel::inline KEEL_ABI

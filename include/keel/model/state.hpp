@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -23,6 +25,34 @@ public:
     /// An empty sequence.
     sequence_state(const B& b, const memory_layout& layout)
         : layout_(layout), recurrent_(b.allocate(layout.recurrent_bytes())) {}
+
+    /// A sequence of `length` tokens whose bytes were saved. The spans have the sizes that the layout says.
+    sequence_state(B& b, const memory_layout& layout, index length, std::span<const std::byte> recurrent,
+                   std::span<const std::byte> blocks)
+        : sequence_state(b, layout) {
+        make_room(b, length);
+        b.upload(recurrent_.data(), recurrent.data(), recurrent_.size());
+        for (std::size_t i = 0; i < pointers_.size(); ++i) {
+            b.upload(pointers_[i], blocks.data() + i * static_cast<std::size_t>(layout.block_bytes()),
+                     layout.block_bytes());
+        }
+        length_ = length;
+    }
+
+    /// Goes back to an earlier length, whose recurrent part this is. Of the latent cache `cached` tokens stay, no fewer
+    /// than `length`: a replay leads to them.
+    void resume(const typename B::buffer& recurrent, index length, index cached) {
+        recurrent_ = recurrent;
+        length_ = length;
+        const index blocks = (cached + memory_layout::block_rows - 1) / memory_layout::block_rows;
+        blocks_.resize(std::min(blocks_.size(), static_cast<std::size_t>(blocks)));
+        pointers_.resize(blocks_.size());
+    }
+
+    /// The next `rows` rows of a replay, which leaves the latent cache alone.
+    [[nodiscard]] segment replay(index rows) const {
+        return {.first_row = 0, .rows = rows, .position = length_, .recurrent = recurrent_.data()};
+    }
 
     /// Tokens that the state holds.
     [[nodiscard]] index length() const { return length_; }

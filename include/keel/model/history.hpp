@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: MIT
+//
+// What lets a sequence go back. A recurrent state has no way back by itself: either a copy of it was kept, or it is
+// computed again from an earlier one.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <iterator>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include <keel/backend/batch.hpp>
+#include <keel/backend/concept.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/view.hpp>
+#include <keel/model/state.hpp>
+
+namespace keel::inline KEEL_ABI {
+
+/// A recurrent state at some length of the sequence; the latent cache needs no copy, since it is only appended to.
+template <backend B>
+struct state_copy {
+    index length = 0;
+    std::shared_ptr<const typename B::buffer> recurrent;
+    std::vector<float> logits;  // behind that length, or empty
+};
+
+/// A bounded number of copies, thinned so that they lie the denser the nearer they are to the end: to go back by n
+/// tokens costs computing about n again. Copying the list shares the states.
+template <backend B>
+class state_history {
+public:
+    explicit state_history(index most) : most_(most) {}
+
+    /// The lengths increase from call to call, unless forget_behind() took the later ones away.
+    void add(state_copy<B> copy) {
+        if (most_ == 0 || (!copies_.empty() && copies_.back().length == copy.length)) return;
+        if (static_cast<index>(copies_.size()) == most_) drop_one(copy.length);
+        copies_.push_back(std::move(copy));
+    }
+
+    /// The last copy at `length` or before, or null.
+    [[nodiscard]] const state_copy<B>* at_most(index length) const {
+        const auto behind = std::ranges::upper_bound(copies_, length, {}, &state_copy<B>::length);
+        return behind == copies_.begin() ? nullptr : &*std::prev(behind);
+    }
+
+    void forget_behind(index length) {
+        std::erase_if(copies_, [&](const state_copy<B>& c) { return c.length > length; });
+    }
+
+    [[nodiscard]] index last_length() const { return copies_.empty() ? 0 : copies_.back().length; }
+
+private:
+    /// Takes out the copy whose absence widens a gap the least, measured in the gap's distance from the end.
+    void drop_one(index end) {
+        const auto length = [&](std::size_t i) { return i == copies_.size() ? end : copies_[i].length; };
+        std::size_t least = 0;
+        double least_cost = 0;
+        for (std::size_t i = 0; i < copies_.size(); ++i) {
+            const index before = i == 0 ? 0 : length(i - 1);
+            const double cost = static_cast<double>(length(i + 1) - before) / static_cast<double>(end - before + 1);
+            if (i == 0 || cost < least_cost) {
+                least = i;
+                least_cost = cost;
+            }
+        }
+        copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(least));
+    }
+
+    index most_;
+    std::vector<state_copy<B>> copies_;
+};
+
+/// Bytes of the rows that a replay_window keeps.
+inline index replay_window_bytes(const memory_layout& layout, index reach) {
+    return layout.kda_layers * 2 * reach * layout.kept_floats() * static_cast<index>(sizeof(float));
+}
+
+/// Goes back to any of the last tokens by replay: a state of some tokens ago, and since then what each KDA layer needs
+/// to repeat its recurrence (about 1 MB a token for Kimi-Linear, where the state takes 43 MB).
+template <backend B>
+class replay_window {
+public:
+    /// Reaches back `reach` tokens at least, once there are as many.
+    replay_window(const B& b, const memory_layout& layout, index reach)
+        : reach_(reach), rows_(b.allocate(replay_window_bytes(layout, reach))) {}
+
+    [[nodiscard]] index reach() const { return reach_; }
+    [[nodiscard]] index capacity() const { return 2 * reach_; }
+
+    /// The state that a replay begins with, empty if there is none yet.
+    [[nodiscard]] const state_copy<B>& start() const { return start_; }
+    void begin_at(state_copy<B> start) { start_ = std::move(start); }
+
+    /// (KDA layers, capacity, kept_floats): row of position p in slot p % capacity.
+    [[nodiscard]] float* rows() const { return reinterpret_cast<float*>(rows_.data()); }
+
+private:
+    index reach_;
+    state_copy<B> start_;
+    typename B::buffer rows_;
+};
+
+}  // namespace keel::inline KEEL_ABI
