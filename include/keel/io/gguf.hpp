@@ -70,6 +70,11 @@ public:
         for (const auto& file : contents_->files) file.mapping.advise(hint);
     }
 
+    /// Gives back the memory behind a tensor's data, which stays valid (see mapped_file).
+    void release(const tensor_info& tensor) const noexcept {
+        contents_->files[static_cast<std::size_t>(tensor.shard)].mapping.release(tensor.data);
+    }
+
     // Metadata: find_... answers nothing for a missing key and throws errc::format, naming file and key, for a value of
     // another kind; require_... throws for a missing key too. Integers of any width are taken if the value fits.
 

@@ -70,6 +70,8 @@ inline void unmap_file(std::span<const std::byte> bytes) noexcept { UnmapViewOfF
 
 inline void advise_mapping(std::span<const std::byte>, access_hint) noexcept {}
 
+inline void release_pages(std::span<const std::byte>) noexcept {}
+
 #else
 
 inline std::span<const std::byte> map_file(const std::filesystem::path& path) {
@@ -104,6 +106,14 @@ inline void unmap_file(std::span<const std::byte> bytes) noexcept {
 inline void advise_mapping(std::span<const std::byte> bytes, access_hint hint) noexcept {
     const int advice = hint == access_hint::sequential ? POSIX_MADV_SEQUENTIAL : POSIX_MADV_WILLNEED;
     ::posix_madvise(const_cast<std::byte*>(bytes.data()), bytes.size(), advice);  // a hint: refusal does not matter
+}
+
+/// The whole pages in `part`. Not posix_madvise, which ignores this wish on Linux.
+inline void release_pages(std::span<const std::byte> part) noexcept {
+    const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+    const auto address = reinterpret_cast<std::uintptr_t>(part.data());
+    const std::uintptr_t first = (address + page - 1) / page * page, last = (address + part.size()) / page * page;
+    if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
 #endif
@@ -146,6 +156,12 @@ public:
 
     void advise(access_hint hint) const noexcept {
         if (mapped_ && !bytes_.empty()) detail::advise_mapping(bytes_, hint);
+    }
+
+    /// Gives back the memory behind a part of bytes() that was read and is not needed soon. The part stays valid:
+    /// reading it again fetches it again.
+    void release(std::span<const std::byte> part) const noexcept {
+        if (mapped_) detail::release_pages(part);
     }
 
 private:

@@ -231,6 +231,11 @@ public:
         for (const auto& file : contents_->files) file.mapping().advise(hint);
     }
 
+    /// Gives back the memory behind a tensor's data, which stays valid (see mapped_file).
+    void release(const safetensors_tensor& tensor) const noexcept {
+        contents_->files[static_cast<std::size_t>(tensor.shard)].mapping().release(tensor.data);
+    }
+
 private:
     struct contents {
         std::string name;
