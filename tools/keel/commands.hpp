@@ -71,4 +71,42 @@ struct synth_options {
 };
 void synth(const synth_options& options);
 
+struct convert_options {
+    std::string folder, out;
+    std::string type = "bf16";
+    std::vector<std::string> overrides;  ///< PATTERN=TYPE
+    std::int64_t split_size = 0;         ///< bytes; 0: one file
+    int threads = 0;
+    bool force = false;
+    progress tell = {};
+};
+void convert(const convert_options& options);
+
+struct quantize_options {
+    std::string in, out, type;
+    std::string importance;
+    std::vector<std::string> overrides;  ///< PATTERN=TYPE
+    std::int64_t split_size = 0;         ///< bytes; 0: one file
+    int threads = 0;
+    bool force = false;
+    progress tell = {};
+};
+void quantize(const quantize_options& options);
+
+struct imatrix_options {
+    model_options model;
+    std::string file, out;
+    std::int64_t context = 512;
+    bool force = false;
+};
+void imatrix(const imatrix_options& options);
+
+struct perplexity_options {
+    run_options run;
+    std::string file;
+    std::string base, save;  ///< files of log probabilities
+    bool force = false, json = false;
+};
+void perplexity(const perplexity_options& options);
+
 }  // namespace tool

@@ -44,6 +44,18 @@ void add_sampling(CLI::App& command, tool::sampling& sample) {
     command.add_option("--seed", sample.seed, "of the random numbers")->capture_default_str();
 }
 
+/// For the commands that write GGUF files.
+template <class Options>
+void add_encoding(CLI::App& command, Options& options) {
+    command.add_option("--tensor-type", options.overrides,
+                       "PATTERN=TYPE for tensors whose names match; * stands for anything; may be repeated");
+    command.add_option("--split-size", options.split_size, "split into files of at most this many bytes")
+        ->transform(CLI::AsSizeValue(false));
+    command.add_option("-t,--threads", options.threads, "CPU threads (default: one per core)")
+        ->check(CLI::NonNegativeNumber);
+    command.add_flag("--force", options.force, "replace an existing file");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -121,6 +133,61 @@ int main(int argc, char** argv) {
     command->callback([&] {
         synth.tell = tool::progress_bar();
         tool::synth(synth);
+    });
+
+    tool::convert_options convert;
+    command = app.add_subcommand("convert", "a Hugging Face checkpoint to a GGUF file");
+    command->add_option("folder", convert.folder, "folder of the checkpoint")->required();
+    command->add_option("out", convert.out, "GGUF file to write")->required();
+    command->add_option("--type", convert.type, "type of the matrices, or a mixture")->capture_default_str();
+    add_encoding(*command, convert);
+    command->callback([&] {
+        convert.tell = tool::progress_bar();
+        tool::convert(convert);
+    });
+
+    tool::quantize_options quantize;
+    command = app.add_subcommand("quantize", "a GGUF file to one with other types");
+    command->add_option("in", quantize.in, "GGUF file, best of bf16 or f16")->required();
+    command->add_option("out", quantize.out, "GGUF file to write")->required();
+    command->add_option("type", quantize.type, "q4_k_m, q5_k_m, q6_k, q8_0, ...: type of the matrices, or a mixture")
+        ->required();
+    command->add_option("--imatrix", quantize.importance, "importance matrix, from keel imatrix or llama-imatrix");
+    add_encoding(*command, quantize);
+    command->callback([&] {
+        quantize.tell = tool::progress_bar();
+        tool::quantize(quantize);
+    });
+
+    tool::imatrix_options imatrix;
+    command = app.add_subcommand("imatrix", "how much each column of a model's matrices matters, from a text");
+    add_model(*command, imatrix.model.path);
+    command->add_option("-f,--file", imatrix.file, "file with the text; - for standard input")->required();
+    command->add_option("out", imatrix.out, "file to write")->required();
+    command->add_option("--ctx", imatrix.context, "tokens of a chunk")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    command->add_option("-t,--threads", imatrix.model.threads, "CPU threads (default: one per core)")
+        ->check(CLI::NonNegativeNumber);
+    command->add_flag("--force", imatrix.force, "replace an existing file");
+    command->callback([&] {
+        imatrix.model.tell = tool::progress_bar();
+        tool::imatrix(imatrix);
+    });
+
+    tool::perplexity_options perplexity;
+    command = app.add_subcommand("perplexity", "how well a model predicts a text, and how close it is to another");
+    add_run(*command, perplexity.run);
+    auto* const text = command->add_option_group("what to predict");
+    text->add_option("-f,--file", perplexity.file, "file with the text; - for standard input");
+    text->add_option("--kld-base", perplexity.base, "compare with these logits, for the text that they are of");
+    text->require_option(1, 2);
+    command->add_option("--save-logits", perplexity.save, "write the logits there, to compare other models with");
+    command->add_flag("--force", perplexity.force, "replace an existing file of logits");
+    command->add_flag("--json", perplexity.json, "print one JSON object");
+    command->callback([&] {
+        if (!perplexity.json) perplexity.run.model.tell = tool::progress_bar();
+        tool::perplexity(perplexity);
     });
 
     try {
