@@ -4,6 +4,7 @@
 //
 //   nvcc -std=c++20 -O3 -Iinclude -Itests/cuda -gencode arch=compute_90a,code=sm_90a bench/cuda/prefill_bench.cu
 #include <keel/backend/cuda/feed_forward.cuh>
+#include <keel/backend/cuda/flash.cuh>
 #include <keel/backend/cuda/gemm.cuh>
 #include <keel/backend/cuda/kda_chunk.cuh>
 
@@ -125,9 +126,43 @@ void bench_feed_forward(int n, int k, int experts, int width, keel::dtype type, 
                 6.0 * n * k * hidden * width / ms * 1e-9);
 }
 
+void bench_attend(int position, int rows, int positions) {
+    constexpr int heads = 32, key = 128, position_key = 64, value = 128, rank = 512, width = rank + position_key;
+    random_source random{8};
+    const auto key_up = weights(keel::dtype::q8_0, heads, rank, key, random);
+    const auto value_up = weights(keel::dtype::q4_k, heads, value, rank, random);
+    const int length = position + rows;
+    std::vector<keel::f16> cache(static_cast<std::size_t>((length + 255) / 256 * 256) * width);
+    for (auto& x : cache) x = keel::to_f16(random.uniform() - 0.5f);
+    const device_array<keel::f16> memory(cache);
+    std::vector<unsigned char*> table;
+    for (int i = 0; i < length; i += 256) {
+        table.push_back(reinterpret_cast<unsigned char*>(memory.data() + static_cast<std::size_t>(i) * width));
+    }
+    const device_array<unsigned char*> blocks(table);
+    const launch::segment segment{position, nullptr, blocks.data(), 0, rows};
+    const device_array<float> q(random.normals(static_cast<std::size_t>(rows) * heads * (key + position_key)));
+    const device_array<float> out(static_cast<std::size_t>(rows) * heads * value);
+    const device_array<unsigned char> workspace(
+        launch::expanded_attend_bytes(rows, positions, heads, width, rank, key, value));
+    launch::expanded_attend_args args{{q.data(), heads * (key + position_key), key + position_key},
+                                      {out.data(), heads * value, value}};
+    args.key_up = key_up.matrix, args.value_up = value_up.matrix, args.scale = 0.07f;
+    args.segments = &segment, args.segment_count = 1, args.layout.latent_width = width, args.layout.half = 1;
+    args.workspace = workspace.data(), args.workspace_bytes = workspace.size();
+    const double ms = milliseconds([&] { check(launch::expanded_attend(args, nullptr), "expanded_attend"); });
+    const double pairs = static_cast<double>(rows) * position + 0.5 * rows * rows;
+    std::printf("expanded_attend %6d+%5d by %5d: %.4f ms, %.0f TFLOP/s of attention\n", position, rows, positions, ms,
+                pairs * heads * 640 / ms * 1e-9);
+}
+
 }  // namespace
 
 int main() {
+    bench_attend(0, 2048, 2048);
+    bench_attend(0, 8192, 8192);
+    bench_attend(0, 8192, 4096);
+    bench_attend(30720, 2048, 4096);
     using keel::dtype;
     for (const int n : {2048, 8192}) {
         bench_products("kda q k v", n, 2304, {4096, 4096, 4096}, dtype::q4_k);

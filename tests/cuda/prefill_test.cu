@@ -7,6 +7,7 @@
 #include <string>
 
 #include <keel/backend/cuda/feed_forward.cuh>
+#include <keel/backend/cuda/flash.cuh>
 #include <keel/backend/cuda/gemm.cuh>
 #include <keel/backend/cuda/kda_chunk.cuh>
 
@@ -302,9 +303,136 @@ void test_feed_forward() {
     test_feed_forward(dtype::q4_k, dtype::q4_k, 1, 8, 256, 256, 256, false);
 }
 
+struct sequence {
+    int position, rows;
+};
+
+void test_attend(std::vector<sequence> sequences, int heads, int key, int position_key, int value, int rank, bool half,
+                 keel::dtype type, int positions) {
+    random_source random{static_cast<std::uint64_t>(heads * 1000 + key)};
+    const int width = rank + position_key, layers = 2, layer = 1;
+    const auto key_blocks = random_blocks(type, heads * rank, key, random);
+    const auto value_blocks = random_blocks(type, heads * value, rank, random);
+    const auto key_values = decode(type, heads * rank, key, key_blocks);
+    const auto value_values = decode(type, heads * value, rank, value_blocks);
+    const auto key_up = upload_matrix(type, heads, rank, key, key_blocks);
+    const auto value_up = upload_matrix(type, heads, value, rank, value_blocks);
+    int n = 0;
+    for (const auto& s : sequences) n += s.rows;
+    const auto q = random.normals(static_cast<std::size_t>(n * heads * (key + position_key)), 2.0f);
+    const float scale = 1 / std::sqrt(static_cast<float>(key + position_key));
+    std::vector<double> expected;
+    std::vector<device_array<unsigned char>> memory;
+    std::vector<device_array<unsigned char*>> tables;
+    std::vector<launch::segment> segments;
+    int first = 0;
+    for (const auto& s : sequences) {
+        const int length = s.position + s.rows;
+        auto latents = random.normals(static_cast<std::size_t>(length * width));
+        std::vector<unsigned char*> table;
+        const std::size_t row_bytes = static_cast<std::size_t>(width) * (half ? 2 : 4);
+        for (int block = 0; block * 256 < length; ++block) {
+            std::vector<unsigned char> bytes(layers * 256 * row_bytes, 0xFF);
+            for (int i = block * 256; i < std::min(length, block * 256 + 256); ++i) {
+                for (int c = 0; c < width; ++c) {
+                    float& x = latents[static_cast<std::size_t>(i * width + c)];
+                    const keel::f16 h = keel::to_f16(x);
+                    if (half) x = keel::to_float(h);
+                    std::memcpy(&bytes[static_cast<std::size_t>(layer * 256 + i % 256) * row_bytes +
+                                       static_cast<std::size_t>(c) * (half ? 2 : 4)],
+                                half ? static_cast<const void*>(&h) : &x, half ? 2 : 4);
+                }
+            }
+            memory.emplace_back(bytes);
+            table.push_back(memory.back().data());
+        }
+        tables.emplace_back(table);
+        segments.push_back({s.position, nullptr, tables.back().data(), first, s.rows});
+        std::vector<double> out(static_cast<std::size_t>(s.rows * heads * value));
+        parallel(heads, [&](int h) {
+            std::vector<double> keys(static_cast<std::size_t>(length * (key + position_key))),
+                values(static_cast<std::size_t>(length * value));
+            for (int i = 0; i < length; ++i) {
+                const float* const c = &latents[static_cast<std::size_t>(i * width)];
+                double* const k = &keys[static_cast<std::size_t>(i * (key + position_key))];
+                for (int r = 0; r < rank; ++r) {
+                    for (int d = 0; d < key; ++d)
+                        k[d] += static_cast<double>(key_values[static_cast<std::size_t>((h * rank + r) * key + d)]) *
+                                static_cast<double>(c[r]);
+                }
+                for (int d = 0; d < position_key; ++d) k[key + d] = static_cast<double>(c[rank + d]);
+                for (int d = 0; d < value; ++d) {
+                    for (int r = 0; r < rank; ++r)
+                        values[static_cast<std::size_t>(i * value + d)] +=
+                            static_cast<double>(value_values[static_cast<std::size_t>((h * value + d) * rank + r)]) *
+                            static_cast<double>(c[r]);
+                }
+            }
+            std::vector<double> scores(static_cast<std::size_t>(length));
+            for (int r = 0; r < s.rows; ++r) {
+                const float* const x = &q[static_cast<std::size_t>(((first + r) * heads + h) * (key + position_key))];
+                double top = -1e300, sum = 0;
+                const int visible = s.position + r + 1;
+                for (int i = 0; i < visible; ++i) {
+                    double score = 0;
+                    for (int d = 0; d < key + position_key; ++d)
+                        score +=
+                            static_cast<double>(x[d]) * keys[static_cast<std::size_t>(i * (key + position_key) + d)];
+                    top = std::max(top, scores[static_cast<std::size_t>(i)] = score * static_cast<double>(scale));
+                }
+                for (int i = 0; i < visible; ++i)
+                    sum += scores[static_cast<std::size_t>(i)] = std::exp(scores[static_cast<std::size_t>(i)] - top);
+                double* const y = &out[static_cast<std::size_t>((r * heads + h) * value)];
+                for (int i = 0; i < visible; ++i) {
+                    for (int d = 0; d < value; ++d)
+                        y[d] +=
+                            scores[static_cast<std::size_t>(i)] / sum * values[static_cast<std::size_t>(i * value + d)];
+                }
+            }
+        });
+        expected.insert(expected.end(), out.begin(), out.end());
+        first += s.rows;
+    }
+    const device_array<float> q_device(q);
+    device_array<float> out(expected.size());
+    device_array<unsigned char> workspace(launch::expanded_attend_bytes(n, positions, heads, width, rank, key, value));
+    launch::expanded_attend_args args{{q_device.data(), heads * (key + position_key), key + position_key},
+                                      {out.data(), heads * value, value}};
+    args.key_up = key_up.matrix, args.value_up = value_up.matrix, args.scale = scale;
+    args.segments = segments.data(), args.segment_count = static_cast<int>(segments.size()), args.layer = layer;
+    args.layout.latent_width = width, args.layout.half = half;
+    args.workspace = workspace.data(), args.workspace_bytes = workspace.size();
+    std::vector<float> first_out;
+    bool same = true;
+    for (int run = 0; run < 3; ++run) {
+        workspace.poison();
+        out.poison();
+        check(launch::expanded_attend(args, nullptr), "expanded_attend");
+        check(cudaDeviceSynchronize(), "expanded_attend");
+        if (run == 0) first_out = out.get();
+        same = same && out.get() == first_out;
+    }
+    std::string name = "expanded_attend H=" + std::to_string(heads) + " " + std::to_string(key) + "+" +
+                       std::to_string(position_key) + "/" + std::to_string(value) + (half ? " f16 " : " f32 ");
+    for (const auto& s : sequences) name += std::to_string(s.position) + "+" + std::to_string(s.rows) + " ";
+    report(name + "by " + std::to_string(positions), relative_error(first_out, expected), 3e-3, same);
+}
+
+void test_attend() {
+    using keel::dtype;
+    test_attend({{0, 128}}, 2, 128, 64, 128, 512, true, dtype::q8_0, 256);
+    test_attend({{0, 1}}, 1, 128, 64, 128, 512, true, dtype::f16, 256);
+    test_attend({{77, 333}}, 3, 128, 64, 128, 512, false, dtype::q8_0, 512);
+    test_attend({{900, 200}}, 2, 128, 64, 128, 512, true, dtype::f32, 256);
+    test_attend({{0, 300}, {301, 5}, {17, 40}, {700, 129}}, 2, 128, 64, 128, 512, true, dtype::q8_0, 256);
+    test_attend({{0, 300}, {301, 5}, {17, 40}, {700, 129}}, 2, 128, 64, 128, 512, true, dtype::q8_0, 2048);
+    test_attend({{13, 70}, {0, 100}}, 4, 32, 16, 32, 64, false, dtype::bf16, 256);
+}
+
 }  // namespace
 
 int main() {
+    test_attend();
     test_kda();
     test_products();
     test_feed_forward();

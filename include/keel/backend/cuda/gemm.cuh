@@ -9,8 +9,9 @@
 // unit of launch.hpp, and step s of 16 columns takes elements 2s, 2s+1, 16+2s, 17+2s of each of these four units. The
 // 16-byte pieces of a row are swizzled as wgmma.cuh says.
 //
-// A block of two warpgroups computes 256 rows of W with up to 128 rows of activations. Weights go from memory to
-// registers one group ahead, become halves there, and are the left operand: they never visit shared memory.
+// A block is a warpgroup and computes 128 rows of W with up to 128 rows of activations. Weights go from memory to
+// registers one group ahead, become halves there, and are the left operand: they never visit shared memory. Two blocks
+// share a multiprocessor, so that one unpacks weights while the other multiplies.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +29,7 @@ namespace keel::cuda_launch::detail {
 
 inline constexpr int group_columns = 128;
 inline constexpr int tile_rows = 128;                      // of activations that a block works on
-inline constexpr int block_rows = 256;                     // of W that a block works on
+inline constexpr int block_rows = 128;                     // of W that a block works on
 inline constexpr int eight_bytes = 8 * group_columns * 2;  // of 8 rows of a group
 inline constexpr int stage_bytes = tile_rows / 8 * eight_bytes;
 
@@ -99,15 +100,15 @@ struct row_tile {
     int matrix, first, rows;
 };
 
-/// Which tiles a launch works on: those of a list on the device, or all rows of matrix 0.
+/// Which tiles a launch works on: those of a list on the device, or all rows of matrix 0, some at a time.
 struct tiling {
     const row_tile* list;
     const int* count;
-    int rows;
+    int rows, at_once;
 
     __device__ bool get(int i, row_tile& tile) const {
         if (list == nullptr) {
-            tile = {0, i * tile_rows, min(tile_rows, rows - i * tile_rows)};
+            tile = {0, i * at_once, min(at_once, rows - i * at_once)};
             return tile.rows > 0;
         }
         if (i >= *count) return false;
@@ -116,9 +117,16 @@ struct tiling {
     }
 };
 
-/// The ring through which activations come to a block. Used by two warpgroups.
+/// All rows of one matrix, in tiles as large as leaves enough blocks to keep all multiprocessors busy.
+inline tiling all_rows(int rows, int blocks) {
+    int at_once = tile_rows;
+    while (at_once > 32 && (rows + at_once - 1) / at_once * blocks < 256) at_once /= 2;
+    return {nullptr, nullptr, rows, at_once};
+}
+
+/// The ring through which activations come to a block.
 struct tile_ring {
-    static constexpr int most = 6;
+    static constexpr int most = 4;
     barrier full[most], empty[most];
 };
 
@@ -178,13 +186,13 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
             for (int i = 0; i < 16; ++i) settle(a[batch % 2][i / 4][i % 4]);
             wgmma_wait<0>();
 #endif
-            if (batch == 0 && group > 0 && lane == 0) {  // the previous group is finished
-                block.ring->empty[slot == 0 ? block.depth - 1 : slot - 1].arrive();
-            }
-            if (batch == 0 && warp == 0 && group > 1 && group + block.depth - 2 < groups) {
-                const int free = slot < 2 ? slot + block.depth - 2 : slot - 2;  // its stage served two groups ago
-                block.ring->empty[free].wait(slot < 2 ? phase ^ 1 : phase);
-                fetch(group + block.depth - 2, free);
+            if (batch == 0 && group > 0) {  // the previous group is finished: fetch into its stage
+                const int previous = slot == 0 ? block.depth - 1 : slot - 1;
+                if (lane == 0) block.ring->empty[previous].arrive();
+                if (warp == 0 && group + block.depth - 1 < groups) {
+                    block.ring->empty[previous].wait(slot == 0 ? phase ^ 1 : phase);
+                    fetch(group + block.depth - 1, previous);
+                }
             }
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
             wgmma_fence();
@@ -223,7 +231,7 @@ __device__ inline block_state start_block(int depth) {
     const block_state block{memory + ring_bytes, reinterpret_cast<tile_ring*>(memory), depth};
     if (static_cast<int>(threadIdx.x) < depth) {
         block.ring->full[threadIdx.x].init(stage_copy::arrivals);
-        block.ring->empty[threadIdx.x].init(8);
+        block.ring->empty[threadIdx.x].init(4);
     }
     publish_to_copies();
     __syncthreads();
@@ -237,7 +245,7 @@ struct product_target {
     long long row;
     int accumulate;
     int half;         // whether `out` is halves instead of floats
-    int first_block;  // in blocks of 256 rows of W, of the launch
+    int first_block;  // in blocks of 128 rows of W, of the launch
 };
 
 struct product_arguments {
@@ -254,7 +262,7 @@ template <int N, layout L>
 __device__ void product_tile(const product_arguments& args, const product_target& target, const row_tile& tile,
                              int first_row, const block_state& block) {
     const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, quad = thread % 4;
-    const int mine = first_row + thread / 128 * 128 + thread % 128 / 32 * 16 + group;
+    const int mine = first_row + thread / 32 * 16 + group;
     const unsigned char* from[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -289,9 +297,18 @@ __device__ void product_tile(const product_arguments& args, const product_target
     }
 }
 
-/// Grid: (blocks of 256 rows of W over all products, tiles).
+/// Calls f.template operator()<N>() with the least N that holds `rows` rows of a tile.
+template <class F>
+__device__ void visit_tile(int rows, F&& f) {
+    if (rows > 96) return f.template operator()<128>();
+    if (rows > 64) return f.template operator()<96>();
+    if (rows > 32) return f.template operator()<64>();
+    f.template operator()<32>();
+}
+
+/// Grid: (blocks of 128 rows of W over all products, tiles).
 template <layout L>
-__global__ void __launch_bounds__(256, 1) product_kernel(const __grid_constant__ product_arguments args) {
+__global__ void __launch_bounds__(128, 2) product_kernel(const __grid_constant__ product_arguments args) {
     row_tile tile;
     if (!args.tiles.get(static_cast<int>(blockIdx.y), tile)) return;
     int which = 0;
@@ -299,30 +316,30 @@ __global__ void __launch_bounds__(256, 1) product_kernel(const __grid_constant__
     const product_target& target = args.list[which];
     const int first_row = (static_cast<int>(blockIdx.x) - target.first_block) * block_rows;
     const block_state block = start_block(args.depth);
-    if (tile.rows > 64) {
-        product_tile<128, L>(args, target, tile, first_row, block);
-    } else {
-        product_tile<64, L>(args, target, tile, first_row, block);
-    }
+    visit_tile(tile.rows, [&]<int N>() { product_tile<N, L>(args, target, tile, first_row, block); });
 }
 
-/// How many stages fit into a block's shared memory, and starts a kernel with them.
+/// Starts a kernel with as many stages as fit into half of a multiprocessor's shared memory.
 template <class Arguments>
 cudaError_t start_products(void (*kernel)(Arguments), dim3 grid, Arguments args, cudaStream_t stream) {
-    int device = 0, most = 0;
+    int device = 0, all = 0, reserved = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        error = cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     }
-    args.depth = std::min((most - 2 * ring_bytes) / stage_bytes, tile_ring::most);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+    }
+    args.depth = std::clamp((all / 2 - reserved - 2 * ring_bytes) / stage_bytes, 2, tile_ring::most);
     const int bytes = 2 * ring_bytes + args.depth * stage_bytes;
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess || grid.x == 0 || grid.y == 0) return error;
-    kernel<<<grid, 256, static_cast<std::size_t>(bytes), stream>>>(args);
+    kernel<<<grid, 128, static_cast<std::size_t>(bytes), stream>>>(args);
     return cudaGetLastError();
 }
 
-/// All products of a list that share a layout, in one launch per layout.
+/// All products of a list that share a layout, in one launch per layout. `tiles` is the most that args.tiles may have,
+/// or 0 for all rows.
 inline cudaError_t start_all_products(product_arguments args, const product_target* list, int count, int tiles,
                                       cudaStream_t stream) {
     for (int type = 0; type <= static_cast<int>(layout::wide); ++type) {
@@ -335,9 +352,14 @@ inline cudaError_t start_all_products(product_arguments args, const product_targ
             blocks += (list[i].weight.rows + block_rows - 1) / block_rows;
         }
         if (args.products == 0) continue;
+        int launched = tiles;
+        if (args.tiles.list == nullptr) {
+            args.tiles = all_rows(args.tiles.rows, blocks);
+            launched = (args.tiles.rows + args.tiles.at_once - 1) / args.tiles.at_once;
+        }
+        const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(launched));
         const cudaError_t error = visit_layout(static_cast<layout>(type), [&]<layout L>() {
-            return start_products(product_kernel<L>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles)),
-                                  args, stream);
+            return start_products(product_kernel<L>, grid, args, stream);
         });
         if (error != cudaSuccess) return error;
     }
@@ -367,9 +389,8 @@ inline cudaError_t products(const products_args& args, cudaStream_t stream) {
         const product& p = args.list[i];
         list[i] = {p.weight, p.out, p.out_row, p.accumulate, 0, 0};
     }
-    detail::product_arguments arguments{x, {nullptr, nullptr, args.rows}, nullptr, 1.0f, 0, 0, {}};
-    const int tiles = (args.rows + detail::tile_rows - 1) / detail::tile_rows;
-    return detail::start_all_products(arguments, list, args.count, tiles, stream);
+    const detail::product_arguments arguments{x, {nullptr, nullptr, args.rows, 0}, nullptr, 1.0f, 0, 0, {}};
+    return detail::start_all_products(arguments, list, args.count, 0, stream);
 }
 
 }  // namespace keel::cuda_launch

@@ -71,18 +71,30 @@ struct weight_unit {
     __device__ half_steps steps(int part) const;
 };
 
+/// Both factors of a unit of Q4_K or Q5_K: {scale, scale}, {-minimum, -minimum}.
+struct scale_pair {
+    __half2 scale, minus_minimum;
+
+    __device__ explicit scale_pair(const cuda_kernels::scaled_pair& from) {
+        const __half2 codes = __hadd2(as_half2(byte_pair(from.scales, 0)), both(-1024.0f));
+        const __half2 product = __hmul2(codes, as_half2(from.factors));
+        scale = __low2half2(product);
+        minus_minimum = __hneg2(__high2half2(product));
+    }
+};
+
 template <>
 __device__ inline half_steps weight_unit<layout::q4_k>::steps(int part) const {
     const std::uint32_t words[4] = {piece.codes.x, piece.codes.y, piece.codes.z, piece.codes.w};
-    const __half2 scale = both(piece.scales.scale()), minus = both(-piece.scales.minimum());
+    const scale_pair of(piece.scales);
     half_steps out;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const std::uint32_t pair = byte_pair(words[2 * part + i / 2], i % 2);
         const __half2 low = __hadd2(as_half2(pair & 0xFF0FFF0Fu), both(-1024.0f));
         const __half2 high = __hfma2(as_half2(pair & 0xFFF0FFF0u), both(0.0625f), both(-64.0f));
-        out.low[i] = as_bits(__hfma2(low, scale, minus));
-        out.high[i] = as_bits(__hfma2(high, scale, minus));
+        out.low[i] = as_bits(__hfma2(low, of.scale, of.minus_minimum));
+        out.high[i] = as_bits(__hfma2(high, of.scale, of.minus_minimum));
     }
     return out;
 }
@@ -91,7 +103,8 @@ template <>
 __device__ inline half_steps weight_unit<layout::q5_k>::steps(int part) const {
     unsigned a[4], b[4];
     piece.unpack(a, b);
-    const half_scale value{both(piece.scales.scale()), both(-piece.scales.minimum()), both(-1024.0f)};
+    const scale_pair of(piece.scales);
+    const half_scale value{of.scale, of.minus_minimum, both(-1024.0f)};
     return bytes_to_halves(a, b, part, value, value);
 }
 
@@ -99,10 +112,11 @@ template <>
 __device__ inline half_steps weight_unit<layout::q6_k>::steps(int part) const {
     unsigned a[4], b[4];
     piece.unpack(a, b);
-    const float d = cuda_kernels::half_bits(piece.factor);
+    const __half2 codes = __hadd2(as_half2(byte_pair(piece.scales ^ 0x8080u, 0)), both(-1152.0f));
+    const __half2 scales = __hmul2(codes, __half2half2(__ushort_as_half(piece.factor)));
     const __half2 offset = both(-1056.0f);
-    return bytes_to_halves(a, b, part, half_scale_only{both(d * static_cast<float>(piece.scale(0))), offset},
-                           half_scale_only{both(d * static_cast<float>(piece.scale(1))), offset});
+    return bytes_to_halves(a, b, part, half_scale_only{__low2half2(scales), offset},
+                           half_scale_only{__high2half2(scales), offset});
 }
 
 /// Signed bytes as unsigned ones, 128 larger.
@@ -116,7 +130,7 @@ __device__ inline half_steps weight_unit<layout::q8_0>::steps(int part) const {
     unsigned a[4], b[4];
     piece.codes.unpack(a, b);
     make_unsigned(a, b);
-    const half_scale_only value{both(cuda_kernels::half_bits(piece.scale)), both(-1152.0f)};
+    const half_scale_only value{__half2half2(__ushort_as_half(piece.scale)), both(-1152.0f)};
     return bytes_to_halves(a, b, part, value, value);
 }
 

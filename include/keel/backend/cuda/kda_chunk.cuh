@@ -7,8 +7,8 @@
 // Then the chunk is
 //   U = T V - (T kd) S,    O = (b T) V + (qd - b T kd) S,    S <- diag(e^{G_16}) S + kr^T U
 // where everything but S and V is independent of other chunks. So kda_prepare computes these factors for all chunks
-// at once, and kda_scan walks over the chunks. Each column of V and S is independent of the others: a warp of kda_scan
-// keeps 16 columns of S in registers and shares nothing but the factors with other warps.
+// at once, and kda_scan walks over the chunks. Each column of V and S is independent of the others: a pair of
+// warps of kda_scan keeps 16 columns of S in registers and shares nothing but the factors with other warps.
 //
 // Gates may be anything: decays e^{G_t - G_i} are formed as products of the e^{g} in (0, 1] between i and t, never as
 // quotients or from differences of long sums. For a and b the pairs i < t are split by the highest bit in which t and i
@@ -274,15 +274,25 @@ __global__ void __launch_bounds__(kda_prepare_threads<D>)
 
 inline constexpr int kda_stages = 6;
 
-/// Columns of V and S of a warp, and the warps of a block that have some; one more warp fetches.
-inline constexpr int kda_columns = 16, kda_warps = 2, kda_threads = (kda_warps + 1) * 32;
+/// Columns of V and S that a warp works on, and how many times as many a block does.
+inline constexpr int kda_columns = 16, kda_slabs = 2;
+
+/// Warps that share the rows of 16 columns of S: nothing but latency limits a warp, and each has half the work.
+template <int D>
+inline constexpr int kda_parts = D == 128 ? 2 : 1;
+
+/// One more warp fetches.
+template <int D>
+inline constexpr int kda_scan_threads = (kda_slabs * kda_parts<D> + 1) * 32;
 
 template <int D>
 struct kda_scan_memory {
     struct stage {
         kda_factors<D> factors;
-        float v[kda_tokens][kda_warps * kda_columns + 4];  // shifted, so that the reads below have no conflicts
+        float v[kda_tokens][kda_slabs * kda_columns + 4];  // shifted, so that the reads below have no conflicts
     } ring[kda_stages];
+    float4 update[2][kda_slabs][kda_parts<D>][2][32];  // of even and odd chunks: U, as far as a part of S gives it
+    float4 out[2][kda_slabs][kda_parts<D>][32];        // the 8 tokens that the other part writes
     barrier full[kda_stages], empty[kda_stages];
 };
 
@@ -296,114 +306,167 @@ struct kda_scan_range {
 template <int D>
 __device__ void kda_fetch(const kda_chunk_args& args, const kda_scan_range& range, const kda_factors<D>* factors,
                           kda_scan_memory<D>& memory, int lane) {
-    constexpr int row_bytes = kda_warps * kda_columns * static_cast<int>(sizeof(float));
+    constexpr int pieces = kda_slabs * kda_columns / 4;  // of 16 bytes of v, a row
+    const int t = lane / pieces, column = lane % pieces * 4;
+    const float* from = args.v.data + (range.segment.first_row + range.first_chunk * kda_tokens + t) * args.v.row +
+                        range.head * args.v.head + range.column + column;
+    int left = range.segment.rows - range.first_chunk * kda_tokens - t;
     for (int chunk = 0; chunk < range.chunks; ++chunk) {
         const int slot = chunk % kda_stages;
         if (chunk >= kda_stages) memory.empty[slot].wait(chunk / kda_stages % 2 ^ 1);
-        const int row = (range.first_chunk + chunk) * kda_tokens;
-        const int rows = min(kda_tokens, range.segment.rows - row);
         const stage_copy copy{memory.full[slot], lane};
-        copy.begin(static_cast<int>(sizeof(kda_factors<D>)) + rows * row_bytes);
+        copy.begin(static_cast<int>(sizeof(kda_factors<D>)));
         copy.whole(&memory.ring[slot].factors, factors + chunk, static_cast<int>(sizeof(kda_factors<D>)));
-        if (lane < rows) {
-            copy.bulk(memory.ring[slot].v[lane],
-                      args.v.data + (range.segment.first_row + row + lane) * args.v.row + range.head * args.v.head +
-                          range.column,
-                      row_bytes);
+#pragma unroll
+        for (int i = 0; i < kda_tokens; i += 32 / pieces) {  // behind the last row v counts nothing, but NaN would
+            copy_async(&memory.ring[slot].v[t + i][column], from + (i < left ? i : 0) * args.v.row, i < left ? 16 : 0);
         }
         copy.end();
+        from += kda_tokens * args.v.row;
+        left -= kda_tokens;
     }
 }
 
+/// Holds 16 columns of S, D / kda_parts rows of them, transposed: rows of its tiles are columns of V.
 template <int D>
-__device__ void kda_scan(const kda_chunk_args& args, const kda_scan_range& range, kda_scan_memory<D>& memory, int warp,
-                         int lane) {
+__device__ void kda_scan(const kda_chunk_args& args, const kda_scan_range& range, kda_scan_memory<D>& memory, int slab,
+                         int part, int lane) {
+    constexpr int parts = kda_parts<D>, steps = D / parts / 16;  // of 16 rows of S
     const int group = lane / 4, quad = lane % 4;
-    const int mine = warp * kda_columns + group;  // of the block's columns
+    const int mine = slab * kda_columns + group;  // of the block's columns
     float* const from = reinterpret_cast<float*>(range.segment.recurrent) + args.layer * args.layout.layer_floats +
-                        range.head * D * D + range.column + mine;
-    float state[D / 8][4];  // transposed: rows are columns of V
+                        range.head * D * D + part * (D / parts) * D + range.column + mine;
+    float state[2 * steps][4];
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
+    for (int j = 0; j < 2 * steps; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) state[j][e] = from[(8 * j + 2 * quad + e % 2) * D + e / 2 * 8];
     }
+    float* const to = args.out.data +
+                      (range.segment.first_row + range.first_chunk * kda_tokens + 2 * quad) * args.out.row +
+                      range.head * args.out.head + range.column + mine;
+    const int rows = range.segment.rows - range.first_chunk * kda_tokens - 2 * quad;
+    const auto write = [&](int chunk, int token, const float(&out)[4]) {  // 8 tokens
+        const int t = chunk * kda_tokens + token * 8;
+        float* const at = to + t * args.out.row;
+        if (t < rows) at[0] = out[0], at[8] = out[2];
+        if (t + 1 < rows) at[args.out.row] = out[1], at[args.out.row + 8] = out[3];
+    };
+    float kept[4] = {};  // with two parts: of the previous chunk, the tokens that this one writes
 
     for (int chunk = 0; chunk < range.chunks; ++chunk) {
         const int slot = chunk % kda_stages;
         const typename kda_scan_memory<D>::stage& stage = memory.ring[slot];
         const kda_factors<D>& f = stage.factors;
-        std::uint32_t s[D / 16][4];
+        memory.full[slot].wait(chunk / kda_stages % 2);
+        uint4 erase[2][steps / 2], read[2][steps / 2], keys[steps];
 #pragma unroll
-        for (int j = 0; j < D / 16; ++j) {
+        for (int i = 0; i < steps; ++i) erase[i % 2][i / 2] = f.erase[i % 2][part * (steps / 2) + i / 2][lane];
+#pragma unroll
+        for (int i = 0; i < steps; ++i) read[i % 2][i / 2] = f.read[i % 2][part * (steps / 2) + i / 2][lane];
+#pragma unroll
+        for (int i = 0; i < steps; ++i) keys[i] = f.keys[part * steps + i][lane];
+        std::uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int t = 2 * quad + i / 2 * 8, c = mine + i % 2 * 8;
+            v[i] = pack(stage.v[t][c], stage.v[t + 1][c]);
+        }
+        const uint4 solve = f.solve[lane], mix = f.mix[lane];
+
+        std::uint32_t s[steps][4];
+#pragma unroll
+        for (int j = 0; j < steps; ++j) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 s[j][e] = pack(state[2 * j + e / 2][e % 2 * 2], state[2 * j + e / 2][e % 2 * 2 + 1]);
             }
         }
-        memory.full[slot].wait(chunk / kda_stages % 2);
-
         float update[2][2][4] = {}, out[2][2][4] = {};  // [two halves of the sum][8 tokens]
-#pragma unroll
-        for (int j = 0; j < D / 32; ++j) {
-#pragma unroll
-            for (int token = 0; token < 2; ++token) {
-                const uint4 erase = f.erase[token][j][lane];
-                multiply(update[0][token], s[2 * j], erase.x, erase.y);
-                multiply(update[1][token], s[2 * j + 1], erase.z, erase.w);
-            }
-#pragma unroll
-            for (int token = 0; token < 2; ++token) {
-                const uint4 read = f.read[token][j][lane];
-                multiply(out[0][token], s[2 * j], read.x, read.y);
-                multiply(out[1][token], s[2 * j + 1], read.z, read.w);
-            }
-        }
-        {
-            std::uint32_t v[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int t = 2 * quad + i / 2 * 8, c = mine + i % 2 * 8;
-                v[i] = pack(stage.v[t][c], stage.v[t + 1][c]);
-            }
-            const uint4 solve = f.solve[lane], mix = f.mix[lane];
+        if (part == 0) {
             multiply(update[0][0], v, solve.x, solve.y);
             multiply(update[0][1], v, solve.z, solve.w);
+        }
+#pragma unroll
+        for (int j = 0; j < steps / 2; ++j) {
+#pragma unroll
+            for (int token = 0; token < 2; ++token) {
+                multiply(update[1][token], s[2 * j], erase[token][j].x, erase[token][j].y);
+                multiply(update[0][token], s[2 * j + 1], erase[token][j].z, erase[token][j].w);
+            }
+        }
+        float4 sum[2];
+#pragma unroll
+        for (int token = 0; token < 2; ++token) {
+            const auto& u = update;
+            sum[token] = {u[0][token][0] + u[1][token][0], u[0][token][1] + u[1][token][1],
+                          u[0][token][2] + u[1][token][2], u[0][token][3] + u[1][token][3]};
+            if constexpr (parts == 2) memory.update[chunk % 2][slab][part][token][lane] = sum[token];
+        }
+        if (part == parts - 1) {
             multiply(out[0][0], v, mix.x, mix.y);
             multiply(out[0][1], v, mix.z, mix.w);
         }
 #pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-            const float2 decay = *reinterpret_cast<const float2*>(&f.decay[8 * j + 2 * quad]);
+        for (int j = 0; j < steps / 2; ++j) {
+#pragma unroll
+            for (int token = 0; token < 2; ++token) {
+                multiply(out[1][token], s[2 * j], read[token][j].x, read[token][j].y);
+                multiply(out[0][token], s[2 * j + 1], read[token][j].z, read[token][j].w);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2 * steps; ++j) {
+            const float2 decay = *reinterpret_cast<const float2*>(&f.decay[part * (D / parts) + 8 * j + 2 * quad]);
 #pragma unroll
             for (int e = 0; e < 4; ++e) state[j][e] *= e % 2 == 0 ? decay.x : decay.y;
         }
-        std::uint32_t u[4];
+        if constexpr (parts == 2) {
+            asm volatile("bar.sync %0, 64;" ::"r"(slab + 1) : "memory");
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int token = i / 2, e = i % 2 * 2;
-            u[i] = pack(update[0][token][e] + update[1][token][e], update[0][token][e + 1] + update[1][token][e + 1]);
+            for (int token = 0; token < 2; ++token) {
+                const float4 other = memory.update[chunk % 2][slab][part ^ 1][token][lane];
+                sum[token] = {sum[token].x + other.x, sum[token].y + other.y, sum[token].z + other.z,
+                              sum[token].w + other.w};
+            }
         }
+        const std::uint32_t u[4] = {pack(sum[0].x, sum[0].y), pack(sum[0].z, sum[0].w), pack(sum[1].x, sum[1].y),
+                                    pack(sum[1].z, sum[1].w)};
 #pragma unroll
-        for (int j = 0; j < D / 16; ++j) {
-            const uint4 keys = f.keys[j][lane];
-            multiply(state[2 * j], u, keys.x, keys.y);
-            multiply(state[2 * j + 1], u, keys.z, keys.w);
+        for (int j = 0; j < steps; ++j) {
+            multiply(state[2 * j], u, keys[j].x, keys[j].y);
+            multiply(state[2 * j + 1], u, keys[j].z, keys[j].w);
         }
         __syncwarp();
         if (lane == 0) memory.empty[slot].arrive();
-        float* const to = args.out.data +
-                          (range.segment.first_row + (range.first_chunk + chunk) * kda_tokens) * args.out.row +
-                          range.head * args.out.head + range.column + mine;
-        const int rows = range.segment.rows - (range.first_chunk + chunk) * kda_tokens;
+        float all[2][4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int t = i / 4 * 8 + 2 * quad + i % 2;
-            if (t < rows) to[t * args.out.row + i / 2 % 2 * 8] = out[0][i / 4][i % 4] + out[1][i / 4][i % 4];
+        for (int i = 0; i < 8; ++i) all[i / 4][i % 4] = out[0][i / 4][i % 4] + out[1][i / 4][i % 4];
+        if constexpr (parts == 1) {
+            write(chunk, 0, all[0]);
+            write(chunk, 1, all[1]);
+        } else {  // the other part's share of the previous chunk has arrived: it was written before the barrier
+            if (chunk > 0) {
+                const float4 other = memory.out[(chunk + 1) % 2][slab][part ^ 1][lane];
+                const float whole[4] = {kept[0] + other.x, kept[1] + other.y, kept[2] + other.z, kept[3] + other.w};
+                write(chunk - 1, part, whole);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) kept[e] = part == 0 ? all[0][e] : all[1][e];
+            const auto& give = all[1];
+            const auto& take = all[0];
+            memory.out[chunk % 2][slab][part][lane] =
+                part == 0 ? float4{give[0], give[1], give[2], give[3]} : float4{take[0], take[1], take[2], take[3]};
         }
     }
+    if constexpr (parts == 2) {
+        asm volatile("bar.sync %0, 64;" ::"r"(slab + 1) : "memory");
+        const float4 other = memory.out[(range.chunks + 1) % 2][slab][part ^ 1][lane];
+        const float whole[4] = {kept[0] + other.x, kept[1] + other.y, kept[2] + other.z, kept[3] + other.w};
+        write(range.chunks - 1, part, whole);
+    }
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
+    for (int j = 0; j < 2 * steps; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) from[(8 * j + 2 * quad + e % 2) * D + e / 2 * 8] = state[j][e];
     }
@@ -411,33 +474,29 @@ __device__ void kda_scan(const kda_chunk_args& args, const kda_scan_range& range
 
 /// Grid: (slabs of D, heads, segments); each block walks over `chunks` chunks.
 template <int D>
-__global__ void __launch_bounds__(kda_threads)
+__global__ void __launch_bounds__(kda_scan_threads<D>)
     kda_scan_kernel(kda_chunk_args args, int first_chunk, int chunks, const kda_factors<D>* factors) {
     extern __shared__ uint4 dynamic_memory[];
     auto& memory = *reinterpret_cast<kda_scan_memory<D>*>(dynamic_memory);
+    constexpr int workers = kda_slabs * kda_parts<D>;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
     kda_scan_range range{args.segments[blockIdx.z], first_chunk, chunks, static_cast<int>(blockIdx.y),
-                         static_cast<int>(blockIdx.x) * kda_warps * kda_columns};
+                         static_cast<int>(blockIdx.x) * kda_slabs * kda_columns};
     range.chunks = min(chunks, (range.segment.rows + kda_tokens - 1) / kda_tokens - first_chunk);
     if (range.chunks <= 0) return;
     if (thread < kda_stages) {
         memory.full[thread].init(stage_copy::arrivals);
-        memory.empty[thread].init(kda_warps);
-    }
-    for (auto& stage : memory.ring) {  // behind the last row v counts nothing, but NaN would
-        for (int i = thread; i < static_cast<int>(sizeof(stage.v) / sizeof(float)); i += kda_threads) {
-            (&stage.v[0][0])[i] = 0;
-        }
+        memory.empty[thread].init(workers);
     }
     publish_to_copies();
     __syncthreads();
-    if (warp == kda_warps) {
+    if (warp == workers) {
         kda_fetch<D>(args, range,
                      factors + (static_cast<std::size_t>(blockIdx.z) * gridDim.y + blockIdx.y) *
                                    static_cast<std::size_t>(chunks),
                      memory, lane);
     } else {
-        kda_scan<D>(args, range, memory, warp, lane);
+        kda_scan<D>(args, range, memory, warp % kda_slabs, warp / kda_slabs, lane);
     }
 }
 
@@ -458,8 +517,9 @@ cudaError_t kda_chunk(const kda_chunk_args& args, cudaStream_t stream) {
         kda_prepare_kernel<D>
             <<<dim3(static_cast<unsigned>(count), heads, segments), kda_prepare_threads<D>, 0, stream>>>(args, first,
                                                                                                          factors);
-        kda_scan_kernel<D><<<dim3(D / (kda_warps * kda_columns), heads, segments), kda_threads, scan_bytes, stream>>>(
-            args, first, count, factors);
+        kda_scan_kernel<D>
+            <<<dim3(D / (kda_slabs * kda_columns), heads, segments), kda_scan_threads<D>, scan_bytes, stream>>>(
+                args, first, count, factors);
     }
     return cudaGetLastError();
 }

@@ -74,4 +74,25 @@ struct feed_forward_args {
 std::size_t feed_forward_bytes(int rows, int k, int experts, int hidden, int width);
 cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stream);
 
+/// Causal attention with keys and values of every head expanded from the latent cache; the formula is that of
+/// keel::expanded_attend_args. Products are of halves; scores, softmax and sums are f32. Keys are expanded in rounds
+/// of as many positions as the workspace holds, with a running maximum and sum per row in between.
+/// N, P, V and R are multiples of 8, N + P at most 192, V at most 128.
+struct expanded_attend_args {
+    activations<const float> q;  ///< (n, H, N + P)
+    activations<float> out;      ///< (n, H, V)
+    matrix key_up{};             ///< count H of (R, N)
+    matrix value_up{};           ///< count H of (V, R)
+    float scale = 0;
+    const segment* segments = nullptr;  ///< in HOST memory; their block tables are on the device
+    int segment_count = 0;
+    int layer = 0;
+    memory layout{};
+    void* workspace = nullptr;  ///< on 256 bytes
+    std::size_t workspace_bytes = 0;
+};
+/// Workspace for `rows` rows in which `positions` are expanded at once; 256 positions are the least.
+std::size_t expanded_attend_bytes(int rows, int positions, int heads, int latent_width, int rank, int key, int value);
+cudaError_t expanded_attend(const expanded_attend_args& args, cudaStream_t stream);
+
 }  // namespace keel::cuda_launch

@@ -96,50 +96,47 @@ __device__ inline void publish_to_copies() {
 #endif
 }
 
-/// Called by all lanes of a warp to fill a stage of shared memory: begin() with the bytes of all copies that follow,
-/// copies of multiples of 16 bytes, end(). Then `full`, made for stage_copy::arrivals, completes its phase.
+/// Called by all lanes of a warp to fill a stage of shared memory: begin() with the bytes of the whole() copies that
+/// follow, copies, end(). Then `full`, made for stage_copy::arrivals, completes its phase.
 struct stage_copy {
     barrier& full;
     int lane;
 
 #if __CUDA_ARCH__ >= 900
-    static constexpr int arrivals = 1;
+    static constexpr int arrivals = 33;
+#else
+    static constexpr int arrivals = 32;
+#endif
+
     __device__ void begin(int bytes) const {
+#if __CUDA_ARCH__ >= 900
         if (lane == 0) {
             asm volatile(
                 "{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(shared_address(&full)),
                 "r"(bytes)
                 : "memory");
         }
-        __syncwarp();
-    }
-    /// By one lane.
-    __device__ void bulk(void* to, const void* from, int bytes) const {
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         shared_address(to)),
-                     "l"(from), "r"(bytes), "r"(shared_address(&full))
-                     : "memory");
-    }
-    __device__ void end() const {}
-#else
-    static constexpr int arrivals = 32;
-    __device__ void begin(int) const {}
-    __device__ void bulk(void* to, const void* from, int bytes) const {
-        for (int i = 0; i < bytes; i += 16) copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i);
-    }
-    __device__ void end() const {
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full)) : "memory");
-    }
 #endif
-    /// By all lanes.
+    }
+    /// A multiple of 16 bytes, the same in all lanes.
     __device__ void whole(void* to, const void* from, int bytes) const {
 #if __CUDA_ARCH__ >= 900
-        if (lane == 0) bulk(to, from, bytes);
+        if (lane == 0) {
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                    shared_address(to)),
+                "l"(from), "r"(bytes), "r"(shared_address(&full))
+                : "memory");
+        }
 #else
         for (int i = lane * 16; i < bytes; i += 512) {
             copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i);
         }
 #endif
+    }
+    /// Behind all copy_async() and whole() of this lane.
+    __device__ void end() const {
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full)) : "memory");
     }
 };
 
