@@ -38,6 +38,7 @@ struct engine_options {
     int device = 0;   ///< which GPU
     index batch_rows =
         512;             ///< most tokens that go through the model at once; more is faster in prefill and takes memory
+    index memory = 0;    ///< bytes that weights, workspace and one session may take together; 0: no limit
     progress tell = {};  ///< stage "load", counted in tensors
 };
 

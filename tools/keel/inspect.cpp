@@ -83,8 +83,11 @@ nlohmann::ordered_json describe(const keel::gguf& file, std::int64_t context) {
 
     const keel::index length = keel::context_of(c, {.context = context});
     const keel::memory_layout layout = c.memory(keel::precision::fast);
-    const auto plan =
-        keel::make_plan<keel::reference>(c, {}, keel::weight_bytes(file), keel::engine_options{}.batch_rows, length);
+    const auto plan = keel::make_plan<keel::cpu>(c, {.backend = {},
+                                                     .weight_bytes = keel::weight_bytes(file),
+                                                     .batch_rows = keel::engine_options{}.batch_rows,
+                                                     .context = length,
+                                                     .checkpoints = keel::session_options{}.checkpoints});
     about["memory"] = {{"context", length},
                        {"weights", plan.weights},
                        {"state", plan.state},

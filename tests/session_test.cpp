@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <random>
+#include <span>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <keel/backend/observed.hpp>
+#include <keel/backend/reference.hpp>
+#include <keel/keel.hpp>
+
+#include "catch.hpp"
+
+using keel::errc;
+using keel::token;
+namespace fs = std::filesystem;
+
+namespace {
+
+const std::string tiny = KEEL_TEST_DATA "/models/tiny-f32.gguf";
+
+template <class F>
+void throws(errc code, const std::string& word, F&& f) {
+    std::string message = "nothing was thrown";
+    try {
+        f();
+    } catch (const keel::error& e) {
+        CHECK(e.code() == code);
+        message = e.what();
+    }
+    CAPTURE(message, word);
+    CHECK(message.find(word) != std::string::npos);
+}
+
+std::vector<token> some_tokens(int n, int start = 0) {
+    std::vector<token> tokens;
+    for (int i = 0; i < n; ++i) tokens.push_back((start + i * 37) % 480);
+    return tokens;
+}
+
+keel::engine exact_engine(keel::index batch_rows = 64) {
+    return keel::engine::open(tiny, {.precision = keel::precision::exact, .threads = 2, .batch_rows = batch_rows});
+}
+
+/// The session gives the logits of a fresh one that is fed the same tokens.
+template <class Engine, class Session>
+void agrees_with_fresh(const Engine& engine, Session& session) {
+    auto fresh = engine.start({.context = session.context(), .checkpoints = 0});
+    fresh.feed(session.tokens());
+    CHECK(std::ranges::equal(session.logits(), fresh.logits()));
+}
+
+fs::path temporary(const std::string& name) { return fs::temp_directory_path() / ("keel-session-test-" + name); }
+
+std::vector<char> read_file(const fs::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+void write_file(const fs::path& path, const std::vector<char>& bytes) {
+    std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+}
+
+/// Random operations on a handful of sessions, each of which must always agree with a fresh one.
+void random_operations(const keel::engine& engine, unsigned seed, int operations, int check_every) {
+    std::mt19937 random(seed);
+    const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+    const auto file = temporary("random-" + std::to_string(seed));
+    const keel::session_options options{
+        .context = 400, .checkpoints = 3, .checkpoint_every = 50, .replay = static_cast<keel::index>(seed % 3 * 6)};
+    std::vector<keel::session> sessions{engine.start(options)};
+    keel::sampler sample({.seed = seed});
+    for (int i = 0; i < operations; ++i) {
+        auto& s = sessions[static_cast<std::size_t>(below(static_cast<int>(sessions.size())))];
+        if (s.position() > 300) s.rewind(below(100));
+        switch (below(10)) {
+            case 0:
+                s.feed(some_tokens(1 + below(60), below(480)));
+                break;
+            case 1:
+            case 2:
+                if (s.position() > 0) s.next(sample);
+                break;
+            case 3:
+                if (sessions.size() < 4) sessions.push_back(keel::session(s));
+                break;
+            case 4:
+                if (sessions.size() > 1) sessions.erase(sessions.begin() + below(static_cast<int>(sessions.size())));
+                break;
+            case 5:
+                s.rewind(below(static_cast<int>(s.position()) + 1));
+                break;
+            case 6:
+                s.checkpoint();
+                break;
+            case 7: {
+                std::vector<token> other(s.tokens().begin(), s.tokens().end());
+                other.resize(static_cast<std::size_t>(below(static_cast<int>(other.size()) + 1)));
+                for (const token t : some_tokens(below(20), below(480))) other.push_back(t);
+                const auto how = s.sync(other);
+                CHECK(std::ranges::equal(s.tokens(), other));
+                CHECK(how.reused + how.replayed + how.computed == s.position());
+                break;
+            }
+            case 8: {
+                if (below(4) > 0) break;
+                s.save(file);
+                s = engine.resume(file, options);
+                break;
+            }
+            case 9: {
+                std::vector<keel::session*> all;
+                for (auto& one : sessions) {
+                    if (below(2) == 0) one.append(some_tokens(1 + below(30), below(480)));
+                    all.push_back(&one);
+                }
+                while (engine.step(all, 1 + below(100)) > 0) {
+                }
+                if (below(2) == 0) {
+                    const auto position = s.position();
+                    const bool cancelled = [&] {
+                        try {
+                            s.feed(some_tokens(70), {.tell = [&](const auto& r) { return r.done == 0; }});
+                        } catch (const keel::error& e) {
+                            return e.code() == errc::cancelled;
+                        }
+                        return false;
+                    }();
+                    CHECK(cancelled);
+                    CHECK(s.position() >= position);
+                }
+                break;
+            }
+        }
+        if (i % check_every == 0) {
+            for (auto& one : sessions) {
+                if (one.position() > 0) agrees_with_fresh(engine, one);
+            }
+        }
+    }
+    fs::remove(file);
+}
+
+}  // namespace
+
+TEST_CASE("random operations never disturb a session") {
+    const auto engine = exact_engine();
+    for (unsigned seed = 0; seed < 10; ++seed) random_operations(engine, seed, 1000, 20);
+}
+
+TEST_CASE("random operations on many threads never disturb a session") {
+    const auto engine = exact_engine();
+    std::vector<std::thread> threads;
+    for (unsigned seed = 100; seed < 108; ++seed) {
+        threads.emplace_back([&, seed] { random_operations(engine, seed, 60, 20); });
+    }
+    for (auto& t : threads) t.join();
+}
+
+TEST_CASE("a session goes back by replay, to a checkpoint, or from the start, whichever is least work") {
+    const auto engine = exact_engine();
+    auto session = engine.start({.checkpoints = 4, .checkpoint_every = 100, .replay = 16});
+    session.feed(some_tokens(250));
+    SECTION("within the window nothing but the last token is computed") {
+        const auto how = session.rewind(240);
+        CHECK(how.computed <= 1);
+        CHECK(how.replayed <= 32);
+        agrees_with_fresh(engine, session);
+    }
+    SECTION("behind a checkpoint only what came after it is computed") {
+        const auto how = session.rewind(150);
+        CHECK(how.reused > 0);
+        CHECK(how.computed <= 100);
+        agrees_with_fresh(engine, session);
+    }
+    SECTION("an explicit checkpoint is gone back to at once") {
+        session.checkpoint();
+        session.feed(some_tokens(100, 9));
+        const auto how = session.rewind(250);
+        CHECK(how.computed == 0);
+        CHECK(how.reused == 250);
+        CHECK(session.ready());
+        agrees_with_fresh(engine, session);
+    }
+    SECTION("positions outside of the session are refused") {
+        throws(errc::argument, "position 251", [&] { session.rewind(251); });
+        throws(errc::argument, "position -1", [&] { session.rewind(-1); });
+    }
+}
+
+TEST_CASE("editing the last turn of a long conversation computes little more than the turn") {
+    const auto engine = exact_engine(256);
+    auto session = engine.start({.context = 4096});
+    for (int turn = 0; turn < 8; ++turn) {
+        session.feed(some_tokens(200, turn));
+        for (int i = 0; i < 40; ++i) session.next([](std::span<const float>) { return token{3}; });
+    }
+    std::vector<token> edited(session.tokens().begin(), session.tokens().end());
+    edited.resize(edited.size() - 240);
+    for (const token t : some_tokens(200, 77)) edited.push_back(t);
+    const auto how = session.sync(edited);
+    CHECK(how.computed <= 264);
+    agrees_with_fresh(engine, session);
+}
+
+TEST_CASE("a batch of sessions gives what each gives alone") {
+    const auto engine = exact_engine();
+    std::vector<keel::session> together, alone;
+    std::vector<keel::session*> all;
+    for (int i = 0; i < 5; ++i) {
+        together.push_back(engine.start({.context = 300}));
+        together.back().append(some_tokens(10 + 60 * i, i));
+        alone.push_back(engine.start({.context = 300}));
+        alone.back().feed(some_tokens(10 + 60 * i, i));
+    }
+    for (auto& s : together) all.push_back(&s);
+    std::vector<keel::sampler> samplers(5, keel::sampler({.seed = 5}));
+    std::vector<keel::sampler> samplers_alone = samplers;
+    std::vector<int> drawn(5);
+    for (bool more = true; more;) {  // decoding goes on while the long prompts are fed in parts
+        engine.step(all, 48);
+        more = false;
+        for (std::size_t i = 0; i < 5; ++i) {
+            if (drawn[i] == 20) continue;
+            more = true;
+            if (!together[i].ready()) continue;
+            if (!together[i].next(samplers[i])) drawn[i] = 19;
+            ++drawn[i];
+        }
+    }
+    for (std::size_t i = 0; i < 5; ++i) {
+        while (alone[i].position() < together[i].position()) alone[i].next(samplers_alone[i]);
+        CHECK(std::ranges::equal(alone[i].tokens(), together[i].tokens()));
+    }
+    const auto other = exact_engine();
+    auto stranger = other.start();
+    std::vector<keel::session*> mixed{&together[0], &stranger};
+    throws(errc::argument, "another engine", [&] { engine.step(mixed); });
+}
+
+TEST_CASE("a saved session goes on where it was") {
+    const auto engine = exact_engine();
+    const auto file = temporary("saved");
+    for (const int length : {0, 1, 100, 300}) {
+        auto session = engine.start({.context = 1000});
+        session.feed(some_tokens(length));
+        if (length > 0) session.next([](std::span<const float>) { return token{7}; });  // not yet run
+        session.save(file);
+        auto resumed = engine.resume(file, {.context = 1000, .replay = 8});
+        CHECK(std::ranges::equal(resumed.tokens(), session.tokens()));
+        resumed.feed(some_tokens(30));
+        session.feed(some_tokens(30));
+        CHECK(std::ranges::equal(resumed.logits(), session.logits()));
+    }
+    throws(errc::capacity, "context", [&] { (void)engine.resume(file, {.context = 10}); });
+    throws(errc::file, "nowhere", [&] { (void)engine.resume("/nowhere/s.keel"); });
+    auto session = engine.start();
+    throws(errc::file, "nowhere", [&] { session.save("/nowhere/s.keel"); });
+    fs::remove(file);
+}
+
+TEST_CASE("a snapshot of another model or precision is refused") {
+    const auto engine = exact_engine();
+    const auto file = temporary("foreign");
+    auto session = engine.start();
+    session.feed(some_tokens(20));
+    session.save(file);
+    const auto fast = keel::engine::open(tiny);
+    throws(errc::argument, "precision", [&] { (void)fast.resume(file); });
+    const auto other =
+        keel::engine::open(KEEL_TEST_DATA "/models/tiny-legacy.gguf", {.precision = keel::precision::exact});
+    throws(errc::argument, "another model", [&] { (void)other.resume(file); });
+    fs::remove(file);
+}
+
+TEST_CASE("a damaged snapshot is refused, whatever the damage") {
+    const auto engine = exact_engine();
+    const auto file = temporary("damaged");
+    auto session = engine.start();
+    session.feed(some_tokens(20));
+    session.save(file);
+    const auto good = read_file(file);
+    const auto refused = [&](const std::vector<char>& bytes) {
+        write_file(file, bytes);
+        try {
+            (void)engine.resume(file);
+        } catch (const keel::error& e) {
+            CHECK(std::string(e.what()).find(file.string()) != std::string::npos);
+            return true;
+        }
+        return false;
+    };
+    std::mt19937_64 random(1);
+    int missed = 0;
+    for (int i = 0; i < 4000; ++i) {
+        auto bytes = good;
+        const std::size_t bit = i < 192 * 8 ? static_cast<std::size_t>(i) : random() % (8 * good.size());
+        bytes[bit / 8] = static_cast<char>(bytes[bit / 8] ^ (1 << (bit % 8)));
+        missed += !refused(bytes);
+    }
+    for (int i = 0; i < 500; ++i) {
+        auto bytes = good;
+        bytes.resize(i < 250 ? static_cast<std::size_t>(i) : random() % good.size());
+        missed += !refused(bytes);
+    }
+    auto longer = good;
+    longer.push_back(0);
+    missed += !refused(longer);
+    CHECK(missed == 0);
+    CHECK(!refused(good));
+    fs::remove(file);
+}
+
+TEST_CASE("two threads in one session are noticed") {
+    const auto engine = exact_engine(1);
+    auto session = engine.start();
+    bool noticed = false;
+    session.feed(some_tokens(3), {.tell = [&](const keel::progress_report&) {
+                     std::thread([&] {
+                         try {
+                             session.feed(some_tokens(1));
+                         } catch (const keel::error& e) {
+                             noticed = e.code() == errc::argument;
+                         }
+                     }).join();
+                     return true;
+                 }});
+    CHECK(noticed);
+    CHECK(session.position() == 3);
+}
+
+TEST_CASE("a limit of memory is kept, and the message says what would fit") {
+    const auto engine = exact_engine();
+    const auto plan = engine.plan({.context = 1024});
+    CHECK(plan.total() == plan.weights + plan.workspace + plan.session());
+    const auto open = [&](keel::index memory) {
+        return keel::engine::open(
+            tiny, {.precision = keel::precision::exact, .threads = 2, .batch_rows = 64, .memory = memory});
+    };
+    CHECK(open(plan.total()).start({.context = 1024}).context() == 1024);
+    throws(errc::capacity, "a context of 768 tokens would fit",
+           [&] { (void)open(plan.total() - 1).start({.context = 1024}); });
+    throws(errc::capacity, "no context would fit", [&] { (void)open(1000).start({.context = 1024}); });
+}
+
+TEST_CASE("options of a session that make no sense are named") {
+    const auto engine = exact_engine();
+    throws(errc::argument, "checkpoints", [&] { (void)engine.start({.checkpoints = -1}); });
+    throws(errc::argument, "checkpoint_every", [&] { (void)engine.start({.checkpoint_every = 0}); });
+    throws(errc::argument, "replay", [&] { (void)engine.start({.context = 10, .replay = 11}); });
+}
+
+TEST_CASE("the finite check names layer and operation") {
+    using engine = keel::basic_engine<keel::checked<keel::reference>>;
+    auto sound = engine::open(tiny).start();
+    sound.feed(some_tokens(5));
+
+    // A copy of the model whose second layer has a NaN among its norm's weights.
+    auto bytes = read_file(tiny);
+    {
+        const auto file = keel::gguf::open(tiny);
+        const auto& norm = file.require("blk.1.ffn_norm.weight");
+        const auto* begin = reinterpret_cast<const char*>(norm.data.data());
+        const auto at = std::search(bytes.begin(), bytes.end(), begin, begin + norm.data.size());
+        REQUIRE(at != bytes.end());
+        std::fill(at, at + 4, '\xFF');
+    }
+    const auto broken = temporary("nan.gguf");
+    write_file(broken, bytes);
+    auto session = engine::open(broken).start();
+    throws(errc::numeric, "layer 1, rms_norm: NaN in element 0", [&] { session.feed(some_tokens(5)); });
+    fs::remove(broken);
+}
