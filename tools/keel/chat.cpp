@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: MIT
+#include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <iostream>
 #include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "commands.hpp"
@@ -16,53 +21,126 @@ namespace {
 // A signal handler reaches only what is global.
 std::atomic<bool> interrupted = false;
 
+const char* const help =
+    "Ctrl-C stops an answer, Ctrl-D ends. /undo takes the last turn back, /retry answers again, /edit TEXT changes "
+    "what you\n"
+    "said last, /fork continues in a copy, /branch N goes to another copy, /save FILE, /load FILE, /tokens counts.\n";
+
+/// A conversation and its commands. Where turns begin is read off the tokens, so that a loaded conversation has turns,
+/// too.
+class conversation {
+public:
+    explicit conversation(const chat_options& options) : options_(options), model_(load(options.run.model)) {
+        for (const char* name : {"<|im_user|>", "<|im_middle|>"}) {
+            if (!model_->find(name))
+                throw std::runtime_error("the model has no token " + std::string(name) + ": it is not made for chats");
+        }
+        branches_.push_back(model_->start(options_.run.context, options_.sample));
+    }
+
+    /// Does what a line says. Throws what goes wrong; the conversation is then as it was before.
+    void take(const std::string& line) {
+        const auto space = line.find(' ');
+        const std::string command = line.substr(0, space);
+        const std::string rest = space == std::string::npos ? "" : line.substr(space + 1);
+        if (line.front() != '/') {
+            say(line);
+        } else if (command == "/undo") {
+            now().rewind(last_turn());
+        } else if (command == "/retry") {
+            const auto middle = last("<|im_middle|>", now().position());
+            last_turn();  // there has to be one
+            now().rewind(middle + 1);
+            answer();
+        } else if (command == "/edit") {
+            if (rest.empty()) throw std::runtime_error("/edit needs the new text");
+            now().rewind(last_turn());
+            say(rest);
+        } else if (command == "/fork") {
+            branches_.push_back(now().fork());
+            current_ = branches_.size() - 1;
+            std::fprintf(stderr, "branch %zu\n", branches_.size());
+        } else if (command == "/branch") {
+            const std::size_t n = std::strtoul(rest.c_str(), nullptr, 10);
+            if (n < 1 || n > branches_.size()) {
+                throw std::runtime_error("/branch needs a number from 1 to " + std::to_string(branches_.size()));
+            }
+            current_ = n - 1;
+        } else if (command == "/save") {
+            now().save(rest);
+        } else if (command == "/load") {
+            branches_[current_] = model_->resume(rest, options_.run.context, options_.sample);
+        } else if (command == "/tokens") {
+            std::fprintf(stderr, "%lld of %lld tokens\n", static_cast<long long>(now().position()),
+                         static_cast<long long>(now().context()));
+        } else {
+            std::fprintf(stderr, "%s", help);
+        }
+    }
+
+private:
+    session& now() { return *branches_[current_]; }
+
+    /// The last place of a control token in front of `end`, or -1.
+    std::int64_t last(const char* name, std::int64_t end) {
+        const auto tokens = now().tokens().first(static_cast<std::size_t>(end));
+        const auto found = std::find(tokens.rbegin(), tokens.rend(), *model_->find(name));
+        return tokens.rend() - found - 1;
+    }
+
+    /// Where the last turn begins: with the end marker of the answer before it, or at the very beginning.
+    std::int64_t last_turn() {
+        const std::int64_t user = last("<|im_user|>", now().position());
+        if (user < 0) throw std::runtime_error("there is no turn yet");
+        return last("<|im_user|>", user) < 0 ? 0 : user - 1;
+    }
+
+    void say(const std::string& text) {
+        std::vector<message> messages;
+        const std::int64_t before = now().position();
+        if (before == 0 && !options_.system.empty()) messages.push_back({message::author::system, options_.system});
+        messages.push_back({message::author::user, text});
+        try {
+            now().feed(model_->turn(messages, before > 0), [&](std::string_view stage, std::uint64_t done,
+                                                               std::uint64_t total) {
+                return !interrupted && (!options_.run.model.tell || options_.run.model.tell(stage, done, total));
+            });
+        } catch (const std::exception&) {
+            now().rewind(before);
+            throw;
+        }
+        answer();
+    }
+
+    void answer() {
+        while (!interrupted) {
+            const auto next = now().next();
+            if (!next) break;
+            std::cout << now().show(*next) << std::flush;
+        }
+        std::cout << now().show_rest() << std::endl;
+    }
+
+    const chat_options& options_;
+    std::unique_ptr<model> model_;
+    std::vector<std::unique_ptr<session>> branches_;
+    std::size_t current_ = 0;
+};
+
 }  // namespace
 
 void chat(const chat_options& options) {
-    const auto loaded = load(options.run.model);
-    auto session = loaded->start(options.run.context, options.sample);
-    std::vector<std::unique_ptr<tool::session>> turns;  // the session before each turn: going back is a copy
+    conversation talk(options);
     std::signal(SIGINT, [](int) { interrupted = true; });
-    std::fprintf(stderr, "Ctrl-C stops an answer, /undo takes the last turn back, Ctrl-D ends.\n");
-
+    std::fprintf(stderr, "%s", help);
     std::string line;
     while (std::fprintf(stderr, "> "), std::getline(std::cin, line)) {
         if (line.empty()) continue;
-        if (line == "/undo") {
-            if (turns.empty()) {
-                std::fprintf(stderr, "there is no turn to take back\n");
-            } else {
-                session = std::move(turns.back());
-                turns.pop_back();
-            }
-            continue;
-        }
-        if (line.front() == '/') {
-            std::fprintf(stderr, "%s: unknown; there is /undo\n", line.c_str());
-            continue;
-        }
-        turns.push_back(session->fork());
         interrupted = false;
         try {
-            std::vector<message> messages;
-            const bool first = session->position() == 0;
-            if (first && !options.system.empty()) messages.push_back({message::author::system, options.system});
-            messages.push_back({message::author::user, line});
-            session->feed(
-                loaded->turn(messages, !first), [&](std::string_view stage, std::uint64_t done, std::uint64_t total) {
-                    return !interrupted && (!options.run.model.tell || options.run.model.tell(stage, done, total));
-                });
-            while (!interrupted) {
-                const auto next = session->next();
-                if (!next) break;
-                std::cout << session->show(*next) << std::flush;
-            }
-            std::cout << session->show_rest() << std::endl;
-        } catch (
-            const std::exception& e) {  // the context is full, or the prompt was interrupted: the turn did not happen
+            talk.take(line);
+        } catch (const std::exception& e) {
             std::fprintf(stderr, "%s\n", e.what());
-            session = std::move(turns.back());
-            turns.pop_back();
         }
     }
     std::fprintf(stderr, "\n");

@@ -45,7 +45,11 @@ public:
     virtual std::optional<std::int32_t> next() = 0;
     virtual std::int64_t position() const = 0;
     virtual std::int64_t context() const = 0;
+    virtual std::span<const std::int32_t> tokens() const = 0;
     virtual std::unique_ptr<session> fork() const = 0;
+    /// Forgets the tokens behind the first `position`; answers how many will have to run again.
+    virtual std::int64_t rewind(std::int64_t position) = 0;
+    virtual void save(const std::string& path) = 0;
     /// The characters that are complete with this token, and those that never will be.
     virtual std::string_view show(std::int32_t token) = 0;
     virtual std::string_view show_rest() = 0;
@@ -62,6 +66,11 @@ class model {
 public:
     virtual ~model() = default;
     virtual std::unique_ptr<session> start(std::int64_t context, const sampling& how) const = 0;
+    /// A session that was saved.
+    virtual std::unique_ptr<session> resume(const std::string& path, std::int64_t context,
+                                            const sampling& how) const = 0;
+    /// The control token of that name.
+    virtual std::optional<std::int32_t> find(std::string_view name) const = 0;
     virtual std::vector<std::int32_t> encode(std::string_view text, bool special) const = 0;
     virtual std::string decode(std::span<const std::int32_t> tokens) const = 0;
     /// The token that begins every document, if the model wants one.

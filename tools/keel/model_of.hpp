@@ -35,6 +35,9 @@ public:
     std::optional<std::int32_t> next() override { return session_.next(sample_); }
     std::int64_t position() const override { return session_.position(); }
     std::int64_t context() const override { return session_.context(); }
+    std::span<const std::int32_t> tokens() const override { return session_.tokens(); }
+    std::int64_t rewind(std::int64_t position) override { return session_.rewind(position).computed; }
+    void save(const std::string& path) override { session_.save(path); }
     std::unique_ptr<session> fork() const override { return std::make_unique<session_of>(*this); }
     std::string_view show(std::int32_t token) override { return stream_.push(token); }
     std::string_view show_rest() override { return stream_.flush(); }
@@ -51,10 +54,12 @@ public:
     explicit model_of(const model_options& options) : engine_(open(options), engine_options(options)) {}
 
     std::unique_ptr<session> start(std::int64_t context, const sampling& how) const override {
-        return std::make_unique<session_of<B>>(
-            engine_.start({.context = context}),
-            keel::sampler({how.temperature, how.top_k, how.top_p, how.min_p, how.seed}), engine_.vocabulary());
+        return wrap(engine_.start({.context = context}), how);
     }
+    std::unique_ptr<session> resume(const std::string& path, std::int64_t context, const sampling& how) const override {
+        return wrap(engine_.resume(path, {.context = context}), how);
+    }
+    std::optional<std::int32_t> find(std::string_view name) const override { return engine_.vocabulary().find(name); }
     std::vector<std::int32_t> encode(std::string_view text, bool special) const override {
         return engine_.tokenize(text, special);
     }
@@ -75,6 +80,11 @@ public:
     }
 
 private:
+    std::unique_ptr<session> wrap(keel::basic_session<B> started, const sampling& how) const {
+        const keel::sampler sample({how.temperature, how.top_k, how.top_p, how.min_p, how.seed});
+        return std::make_unique<session_of<B>>(std::move(started), sample, engine_.vocabulary());
+    }
+
     static keel::gguf open(const model_options& options) {
         return options.path.empty() ? keel::gguf::from_memory("demonstration model", demo_model())
                                     : keel::gguf::open(options.path);
