@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Sourced by test.sh and demo.sh: installs what a build needs and this machine lacks, and sets $jobs. What no package
 # manager can give, CMake downloads.
-export HOME="${HOME:-/tmp}"  # ccache wants one
+export PATH HOME="${HOME:-/tmp}"  # ccache wants one
 
 have_header() {
     local root
@@ -29,7 +29,8 @@ install_packages() {
     if command -v apt-get >/dev/null; then
         $sudo apt-get update -q &&
             $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
-                g++ cmake make git ca-certificates python3 libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli11-dev catch2
+                g++ cmake make git ca-certificates python3 python3-venv \
+                libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli11-dev catch2
     elif command -v dnf >/dev/null; then
         $sudo dnf install -y --setopt=strict=0 \
             gcc-c++ cmake make git python3 eigen3-devel xsimd-devel json-devel cli11-devel catch-devel
