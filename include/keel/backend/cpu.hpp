@@ -50,7 +50,7 @@ public:
             experts_scratch_bytes(limits.rows, limits.rows * limits.chosen, limits.experts, limits.columns,
                                   limits.expert_ff, threads),
             route_scratch_bytes(limits, threads),
-            short_conv_scratch_bytes(limits.taps, threads),
+            short_conv_scratch_bytes(limits, threads),
             kda_scratch_bytes(limits.head_dim, threads),
             latent_attend_scratch_bytes(limits, threads),
             expanded_attend_scratch_bytes(limits, threads),

@@ -46,21 +46,34 @@ bytes32 field(bytes32 x) {
     return {_mm256_and_si256(shifted, _mm256_set1_epi8(Mask))};
 }
 
-/// x << Shift, per byte; no bit of x may leave its byte.
-template <int Shift>
-bytes32 shift_left(bytes32 x) {
-    return {_mm256_slli_epi16(x.v, Shift)};
+/// ((low >> LowShift) & LowMask) | ((high >> HighShift) & HighMask), per byte. HighShift may be negative.
+template <int LowShift, int LowMask, int HighShift, int HighMask>
+bytes32 join(bytes32 low, bytes32 high) {
+    const __m256i a = LowShift == 0 ? low.v : _mm256_srli_epi16(low.v, LowShift);
+    const __m256i b = HighShift == 0  ? high.v
+                      : HighShift > 0 ? _mm256_srli_epi16(high.v, HighShift > 0 ? HighShift : 0)
+                                      : _mm256_slli_epi16(high.v, HighShift < 0 ? -HighShift : 0);
+#if defined(__AVX512VL__)
+    const __m256i either = _mm256_ternarylogic_epi32(_mm256_set1_epi8(LowMask), a, b, 0xCA);  // a where the mask is
+    return {_mm256_and_si256(either, _mm256_set1_epi8(LowMask | HighMask))};
+#else
+    return {_mm256_or_si256(_mm256_and_si256(a, _mm256_set1_epi8(LowMask)),
+                            _mm256_and_si256(b, _mm256_set1_epi8(HighMask)))};
+#endif
 }
 
-inline bytes32 operator|(bytes32 a, bytes32 b) { return {_mm256_or_si256(a.v, b.v)}; }
-
-/// Byte i is 1 if bit i of x is set, otherwise 0.
-inline bytes32 spread_bits(std::uint32_t x) {
+/// x + Value for the bytes i whose bit i is set.
+template <int Value>
+bytes32 add_where(bytes32 x, std::uint32_t bits) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    return {_mm256_mask_add_epi8(x.v, bits, x.v, _mm256_set1_epi8(Value))};
+#else
     const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit_of = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
-    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(x)), byte_of);
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), byte_of);
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
-    return {_mm256_and_si256(set, _mm256_set1_epi8(1))};
+    return {_mm256_add_epi8(x.v, _mm256_and_si256(set, _mm256_set1_epi8(Value)))};
+#endif
 }
 
 /// table[x], per byte; x < 16.
@@ -72,9 +85,11 @@ inline bytes32 lookup(const std::int8_t (&table)[16], bytes32 x) {
 inline floats8 load_floats8(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void store_floats8(float* p, floats8 x) { _mm256_storeu_ps(p, x.v); }
 inline floats8 splat8(float x) { return {_mm256_set1_ps(x)}; }
-/// Four times the first, four times the second.
-inline floats8 splat4(const float* pair) {
-    return {_mm256_blend_ps(_mm256_broadcast_ss(pair), _mm256_broadcast_ss(pair + 1), 0xF0)};
+/// Four times element 2 Pair, four times the next.
+template <int Pair>
+floats8 splat4(floats8 x) {
+    constexpr int a = 2 * Pair, b = 2 * Pair + 1;
+    return {_mm256_permutevar8x32_ps(x.v, _mm256_setr_epi32(a, a, a, a, b, b, b, b))};
 }
 inline floats8 operator*(floats8 a, floats8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline floats8 operator+(floats8 a, floats8 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -93,6 +108,33 @@ inline floats8 floats_of(const std::uint8_t* p) {
 }
 inline floats8 floats_of(const std::int8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+/// The eight bytes of a word, the lowest first, as floats.
+inline floats8 floats_of(std::uint64_t bytes) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))))};
+}
+/// Eight fields of 4 bits plus eight of 2 bits above them, the lowest first, as floats.
+inline floats8 floats_of(std::uint32_t low, std::uint32_t high) {
+    const __m256i first =
+        _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(low)), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    const __m256i second =
+        _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(high)), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+    const __m256i joined = _mm256_or_si256(_mm256_and_si256(first, _mm256_set1_epi32(15)),
+                                           _mm256_slli_epi32(_mm256_and_si256(second, _mm256_set1_epi32(3)), 4));
+    return {_mm256_cvtepi32_ps(joined)};
+}
+/// Eight numbers of 16 bits, got by f(0) to f(7), as floats.
+template <class F>
+floats8 floats_of_halves(F&& f) {
+    const auto bits = [&](int i) { return static_cast<short>(f(i).bits); };
+    return {_mm256_cvtph_ps(_mm_setr_epi16(bits(0), bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7)))};
+}
+/// The first four, or the last four, each twice.
+inline floats8 twice_low(floats8 x) {
+    return {_mm256_permutevar8x32_ps(x.v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3))};
+}
+inline floats8 twice_high(floats8 x) {
+    return {_mm256_permutevar8x32_ps(x.v, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
 }
 
 /// Whether codes of full range are multiplied unsigned (with 128 added) or signed; see dot4.
@@ -168,15 +210,17 @@ template <int Shift, int Mask>
 bytes32 field(bytes32 x) {
     return make_bytes([&](int i) { return (x.v[i] >> Shift) & Mask; });
 }
-template <int Shift>
-bytes32 shift_left(bytes32 x) {
-    return make_bytes([&](int i) { return x.v[i] << Shift; });
+template <int LowShift, int LowMask, int HighShift, int HighMask>
+bytes32 join(bytes32 low, bytes32 high) {
+    return make_bytes([&](int i) {
+        const int above = HighShift < 0 ? high.v[i] << (HighShift < 0 ? -HighShift : 0)
+                                        : high.v[i] >> (HighShift < 0 ? 0 : HighShift);
+        return ((low.v[i] >> LowShift) & LowMask) | (above & HighMask);
+    });
 }
-inline bytes32 operator|(bytes32 a, bytes32 b) {
-    return make_bytes([&](int i) { return a.v[i] | b.v[i]; });
-}
-inline bytes32 spread_bits(std::uint32_t x) {
-    return make_bytes([&](int i) { return (x >> i) & 1u; });
+template <int Value>
+bytes32 add_where(bytes32 x, std::uint32_t bits) {
+    return make_bytes([&](int i) { return x.v[i] + ((bits >> i) & 1u) * Value; });
 }
 inline bytes32 lookup(const std::int8_t (&table)[16], bytes32 x) {
     return make_bytes([&](int i) { return table[x.v[i]]; });
@@ -189,8 +233,9 @@ inline void store_floats8(float* p, floats8 x) { std::memcpy(p, x.v, sizeof(x.v)
 inline floats8 splat8(float x) {
     return make_floats([&](int) { return x; });
 }
-inline floats8 splat4(const float* pair) {
-    return make_floats([&](int i) { return pair[i / 4]; });
+template <int Pair>
+floats8 splat4(floats8 x) {
+    return make_floats([&](int i) { return x.v[2 * Pair + i / 4]; });
 }
 inline floats8 operator*(floats8 a, floats8 b) {
     return make_floats([&](int i) { return a.v[i] * b.v[i]; });
@@ -208,6 +253,23 @@ inline float sum(floats8 x) {
 template <class Byte>
 floats8 floats_of(const Byte* p) {
     return make_floats([&](int i) { return static_cast<float>(p[i]); });
+}
+inline floats8 floats_of(std::uint64_t bytes) {
+    return make_floats([&](int i) { return static_cast<float>((bytes >> (8 * i)) & 255u); });
+}
+inline floats8 floats_of(std::uint32_t low, std::uint32_t high) {
+    return make_floats(
+        [&](int i) { return static_cast<float>(((low >> (4 * i)) & 15u) | ((high >> (2 * i)) & 3u) << 4); });
+}
+template <class F>
+floats8 floats_of_halves(F&& f) {
+    return make_floats([&](int i) { return to_float(f(i)); });
+}
+inline floats8 twice_low(floats8 x) {
+    return make_floats([&](int i) { return x.v[i / 2]; });
+}
+inline floats8 twice_high(floats8 x) {
+    return make_floats([&](int i) { return x.v[4 + i / 2]; });
 }
 
 inline constexpr bool biased_codes = false;

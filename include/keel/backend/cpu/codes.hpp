@@ -10,8 +10,8 @@
 //   offset         of all codes of the type
 //   has_min
 //   part<P>(b)     the 32 codes of part P of the span that begins with block *b
-//   scales(b, s)   256 / group scales; mins(b, m) likewise
-// Types with blocks of 32 columns also have, for columns that fill no span: scale(b), min(b) of one block.
+//   scales_and_mins(b, s, m)   256 / group of each
+// Types with blocks of 32 columns also have scale(b) and min(b) of one block, for columns that fill no span.
 #pragma once
 
 #include <bit>
@@ -48,6 +48,14 @@ struct codes_of_32 {
 
     static float scale(const Block& b) { return simd::float_of(b.d.get()); }
     static float min(const Block& b) { return -simd::float_of(b.m.get()); }
+
+    static void scales_and_mins(const Block* b, float* scale, float* min) {
+        simd::store_floats8(scale, simd::floats_of_halves([&](int i) { return b[i].d.get(); }));
+        if constexpr (requires { b->m; }) {
+            const auto m = simd::floats_of_halves([&](int i) { return b[i].m.get(); });
+            simd::store_floats8(min, m * simd::splat8(-1.0f));
+        }
+    }
 };
 
 template <class Block>
@@ -89,7 +97,7 @@ struct codes<block_q5_0> : codes_of_32<block_q5_0> {
 
     template <int P>
     static simd::bytes32 part(const block_q5_0* b) {
-        return simd::nibbles(b[P].qs) | simd::shift_left<4>(simd::spread_bits(b[P].qh.get()));
+        return simd::add_where<16>(simd::nibbles(b[P].qs), b[P].qh.get());
     }
 };
 
@@ -99,7 +107,7 @@ struct codes<block_q5_1> : codes_of_32<block_q5_1> {
 
     template <int P>
     static simd::bytes32 part(const block_q5_1* b) {
-        return simd::nibbles(b[P].qs) | simd::shift_left<4>(simd::spread_bits(b[P].qh.get()));
+        return simd::add_where<16>(simd::nibbles(b[P].qs), b[P].qh.get());
     }
 };
 
@@ -122,18 +130,21 @@ struct codes<block_mxfp4> : codes_of_32<block_mxfp4> {
         return simd::lookup(mxfp4_values, simd::nibbles(b[P].qs));
     }
     static float scale(const block_mxfp4& b) { return std::bit_cast<float>(e8m0_half_bits(b.e)); }
+    static void scales_and_mins(const block_mxfp4* b, float* scales, float*) {
+        for (int i = 0; i < span_parts; ++i) scales[i] = scale(b[i]);
+    }
 };
 
-/// The eight scales and the eight minimums of packed_scales as bytes.
-inline void unpack_scales(const packed_scales& packed, std::uint8_t (&scales)[8], std::uint8_t (&mins)[8]) {
+/// The eight scales and the eight minimums of packed_scales as bytes of a word.
+struct unpacked_scales {
+    std::uint64_t scales, mins;
+};
+inline unpacked_scales unpack(const packed_scales& packed) {
     std::uint32_t word[3];
     std::memcpy(word, packed.raw, sizeof(word));
-    const std::uint32_t scale_words[2] = {word[0] & 0x3F3F3F3Fu,
-                                          (word[2] & 0x0F0F0F0Fu) | ((word[0] >> 2) & 0x30303030u)};
-    const std::uint32_t min_words[2] = {word[1] & 0x3F3F3F3Fu,
-                                        ((word[2] >> 4) & 0x0F0F0F0Fu) | ((word[1] >> 2) & 0x30303030u)};
-    std::memcpy(scales, scale_words, sizeof(scales));
-    std::memcpy(mins, min_words, sizeof(mins));
+    const std::uint64_t scales = (word[2] & 0x0F0F0F0Fu) | ((word[0] >> 2) & 0x30303030u);
+    const std::uint64_t mins = ((word[2] >> 4) & 0x0F0F0F0Fu) | ((word[1] >> 2) & 0x30303030u);
+    return {scales << 32 | (word[0] & 0x3F3F3F3Fu), mins << 32 | (word[1] & 0x3F3F3F3Fu)};
 }
 
 /// Q4_K and Q5_K: eight scales and minimums of 32 columns.
@@ -143,10 +154,9 @@ struct codes_with_packed_scales {
     static constexpr bool is_signed = false, has_min = true;
 
     static void scales_and_mins(const Block* b, float* scale, float* min) {
-        alignas(8) std::uint8_t scales[8], mins[8];
-        unpack_scales(b->scales, scales, mins);
-        simd::store_floats8(scale, simd::floats_of(scales) * simd::splat8(simd::float_of(b->d.get())));
-        simd::store_floats8(min, simd::floats_of(mins) * simd::splat8(simd::float_of(b->dmin.get())));
+        const unpacked_scales u = unpack(b->scales);
+        simd::store_floats8(scale, simd::floats_of(u.scales) * simd::splat8(simd::float_of(b->d.get())));
+        simd::store_floats8(min, simd::floats_of(u.mins) * simd::splat8(simd::float_of(b->dmin.get())));
     }
 };
 
@@ -162,8 +172,7 @@ template <>
 struct codes<block_q5_k> : codes_with_packed_scales<block_q5_k> {
     template <int P>
     static simd::bytes32 part(const block_q5_k* b) {
-        const simd::bytes32 high = simd::field<P, 1>(simd::load_bytes(b->qh));
-        return simd::field<P % 2 * 4, 15>(simd::load_bytes(b->qs + P / 2 * 32)) | simd::shift_left<4>(high);
+        return simd::join<P % 2 * 4, 15, P - 4, 16>(simd::load_bytes(b->qs + P / 2 * 32), simd::load_bytes(b->qh));
     }
 };
 
@@ -177,25 +186,16 @@ struct codes<block_q2_k> {
         return simd::field<P % 4 * 2, 3>(simd::load_bytes(b->qs + P / 4 * 32));
     }
     static void scales_and_mins(const block_q2_k* b, float* scale, float* min) {
-        std::uint8_t scales[16], mins[16];
-        for (int k = 0; k < 16; ++k) {
-            scales[k] = b->scales[k] & 15;
-            mins[k] = b->scales[k] >> 4;
-        }
+        alignas(32) std::uint8_t both[32];  // the scales, then the minimums
+        simd::store_bytes(both, simd::nibbles(b->scales));
         const simd::floats8 d = simd::splat8(simd::float_of(b->d.get()));
         const simd::floats8 dmin = simd::splat8(simd::float_of(b->dmin.get()));
         for (int k = 0; k < 16; k += 8) {
-            simd::store_floats8(scale + k, simd::floats_of(scales + k) * d);
-            simd::store_floats8(min + k, simd::floats_of(mins + k) * dmin);
+            simd::store_floats8(scale + k, simd::floats_of(both + k) * d);
+            simd::store_floats8(min + k, simd::floats_of(both + 16 + k) * dmin);
         }
     }
 };
-
-/// Sixteen signed scales times d.
-inline void scale_all(const std::int8_t (&scales)[16], f16 d, float* scale) {
-    const simd::floats8 all = simd::splat8(simd::float_of(d));
-    for (int k = 0; k < 16; k += 8) simd::store_floats8(scale + k, simd::floats_of(scales + k) * all);
-}
 
 template <>
 struct codes<block_q3_k> {
@@ -204,21 +204,22 @@ struct codes<block_q3_k> {
 
     template <int P>
     static simd::bytes32 part(const block_q3_k* b) {
-        const simd::bytes32 high = simd::field<P, 1>(simd::load_bytes(b->hmask));
-        return simd::field<P % 4 * 2, 3>(simd::load_bytes(b->qs + P / 4 * 32)) | simd::shift_left<2>(high);
+        return simd::join<P % 4 * 2, 3, P - 2, 4>(simd::load_bytes(b->qs + P / 4 * 32), simd::load_bytes(b->hmask));
     }
     static void scales_and_mins(const block_q3_k* b, float* scale, float*) {
-        std::uint32_t word[3];
-        std::memcpy(word, b->scales, sizeof(word));
-        std::uint32_t joined[4];
-        for (unsigned k = 0; k < 4; ++k) {
-            const std::uint32_t low = (word[k % 2] >> (k / 2 * 4)) & 0x0F0F0F0Fu;
-            joined[k] = low | ((word[2] >> (2 * k)) & 0x03030303u) << 4;
+        std::uint64_t low;
+        std::uint32_t high;
+        std::memcpy(&low, b->scales, sizeof(low));
+        std::memcpy(&high, b->scales + 8, sizeof(high));
+        const std::uint64_t spread[2] = {high | static_cast<std::uint64_t>(high >> 2) << 32,
+                                         high >> 4 | static_cast<std::uint64_t>(high >> 6) << 32};
+        const float d = simd::float_of(b->d.get());
+        for (int k = 0; k < 2; ++k) {
+            const std::uint64_t joined = ((low >> (4 * k)) & 0x0F0F0F0F0F0F0F0F) | (spread[k] & 0x0303030303030303)
+                                                                                       << 4;
+            simd::store_floats8(scale + 8 * k,
+                                simd::fma(simd::floats_of(joined), simd::splat8(d), simd::splat8(-32 * d)));
         }
-        std::int8_t scales[16];
-        std::memcpy(scales, joined, sizeof(scales));
-        for (std::int8_t& s : scales) s = static_cast<std::int8_t>(s - 32);
-        scale_all(scales, b->d.get(), scale);
     }
 };
 
@@ -229,11 +230,13 @@ struct codes<block_q6_k> {
 
     template <int P>
     static simd::bytes32 part(const block_q6_k* b) {
-        const simd::bytes32 high = simd::field<P % 4 * 2, 3>(simd::load_bytes(b->qh + P / 4 * 32));
         const simd::bytes32 low = simd::load_bytes(b->ql + P / 4 * 64 + P % 2 * 32);
-        return simd::field<P % 4 / 2 * 4, 15>(low) | simd::shift_left<4>(high);
+        return simd::join<P % 4 / 2 * 4, 15, P % 4 * 2 - 4, 48>(low, simd::load_bytes(b->qh + P / 4 * 32));
     }
-    static void scales_and_mins(const block_q6_k* b, float* scale, float*) { scale_all(b->scales, b->d.get(), scale); }
+    static void scales_and_mins(const block_q6_k* b, float* scale, float*) {
+        const simd::floats8 d = simd::splat8(simd::float_of(b->d.get()));
+        for (int k = 0; k < 16; k += 8) simd::store_floats8(scale + k, simd::floats_of(b->scales + k) * d);
+    }
 };
 
 template <>
@@ -246,32 +249,40 @@ struct codes<block_iq4_xs> {
         return simd::lookup(iq4_values, simd::nibbles(b->qs + P * 16));
     }
     static void scales_and_mins(const block_iq4_xs* b, float* scale, float*) {
+        std::uint32_t low;
+        std::memcpy(&low, b->scales_l, sizeof(low));
         const float d = simd::float_of(b->d.get());
-        for (int k = 0; k < 8; ++k) scale[k] = d * static_cast<float>(b->scale(k));
+        simd::store_floats8(scale,
+                            simd::fma(simd::floats_of(low, b->scales_h.get()), simd::splat8(d), simd::splat8(-32 * d)));
     }
 };
 
 template <class Block>
 inline constexpr bool is_float_block = Block::elements == 1;
 
-/// The scales and minimums of `parts` parts (all eight of a span, but for blocks of 32 columns) beginning with *b. The
-/// minimums include the offset: weight = scale code - min. Both arrays have 16 elements.
+/// What is subtracted from all codes of a type.
 template <class Block>
-void span_factors(const Block* b, int parts, float* scale, float* min) {
-    using C = codes<Block>;
-    constexpr int bias = C::is_signed && simd::biased_codes ? 128 : C::offset;
-    if constexpr (Block::elements == 32) {
-        for (int p = 0; p < parts; ++p) {
-            scale[p] = C::scale(b[p]);
-            if constexpr (C::has_min) min[p] = C::min(b[p]);
-            if constexpr (bias != 0) min[p] = static_cast<float>(bias) * scale[p];
-        }
-    } else {
-        C::scales_and_mins(b, scale, min);
-        if constexpr (bias != 0) {
-            for (int k = 0; k < span_columns / C::group; ++k) min[k] = static_cast<float>(bias) * scale[k];
+inline constexpr int bias_of = codes<Block>::is_signed&& simd::biased_codes ? 128 : codes<Block>::offset;
+
+/// The scales and minimums of the span that begins with *b; the minimums include the bias: weight = scale code - min.
+/// Both arrays have 16 elements.
+template <class Block>
+void span_factors(const Block* b, float* scale, float* min) {
+    codes<Block>::scales_and_mins(b, scale, min);
+    if constexpr (bias_of<Block> != 0) {
+        const simd::floats8 bias = simd::splat8(static_cast<float>(bias_of<Block>));
+        for (int k = 0; k < span_columns / codes<Block>::group; k += 8) {
+            simd::store_floats8(min + k, simd::load_floats8(scale + k) * bias);
         }
     }
+}
+
+/// The same for one block of 32 columns.
+template <class Block>
+void part_factors(const Block& b, float& scale, float& min) {
+    scale = codes<Block>::scale(b);
+    if constexpr (codes<Block>::has_min) min = codes<Block>::min(b);
+    if constexpr (bias_of<Block> != 0) min = static_cast<float>(bias_of<Block>) * scale;
 }
 
 /// Whether span_factors gives minimums that are not zero.
@@ -320,12 +331,12 @@ void decode_columns(const Block* b, float* out, index columns) {
     alignas(32) float scale[16], min[16];
     constexpr index blocks = span_columns / Block::elements;
     for (; columns >= span_columns; columns -= span_columns, b += blocks, out += span_columns) {
-        span_factors(b, span_parts, scale, min);
+        span_factors(b, scale, min);
         unrolled<span_parts>([&]<int P>() { decode_part<Block, P>(b, scale, min, out + P * part_columns); });
     }
     if constexpr (Block::elements == part_columns) {
         for (; columns > 0; columns -= part_columns, ++b, out += part_columns) {
-            span_factors(b, 1, scale, min);
+            part_factors(*b, scale[0], min[0]);
             decode_part<Block, 0>(b, scale, min, out);
         }
     }

@@ -16,6 +16,21 @@
 namespace keel::inline KEEL_ABI {
 namespace detail {
 
+/// Asks for the memory of a span; it need not exist. Rows side by side are short streams, which processors do not
+/// foresee well by themselves.
+template <class Block>
+void prefetch_span(const Block* b) {
+    const char* const bytes = reinterpret_cast<const char*>(b);
+    constexpr int size = span_columns / Block::elements * Block::bytes;
+    for (int i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
+}
+
+/// Eight sums of four products each.
+template <class Block>
+simd::floats8 dot_part(simd::bytes32 weights, simd::bytes32 values) {
+    return simd::to_floats(simd::dot4<has_signed_codes<Block>>(simd::no_sums(), weights, values));
+}
+
 /// out[n][r] = row r of the weights times row x_row[n] of the activations, in bytes. The rows of weights begin with
 /// *w and are `stride` blocks apart.
 template <class Block, int R, int N>
@@ -32,22 +47,27 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
         code_sum[n] = halves ? x.half_sum[x_row[n]].data : x.part_sum[x_row[n]].data;
         for (int r = 0; r < R; ++r) sums[r][n] = minimums[r][n] = simd::splat8(0.0f);
     }
-    alignas(32) float factor[R][16], least[R][16], product[R][N][8];
+    constexpr int factors = span_columns / codes<Block>::group;
+    alignas(32) float factor[16], least[16], product[R][N][span_parts];
+    floats8 half_product[R][N][2];
 
     const index spans = columns / span_columns;
     for (index s = 0; s < spans; ++s, w += span_columns / Block::elements) {
         for (int r = 0; r < R; ++r) {
-            span_factors(w + r * stride, span_parts, factor[r], least[r]);
+            prefetch_span(w + (R + r) * stride);
+            span_factors(w + r * stride, factor, least);
             for (int n = 0; n < N; ++n) {
-                if constexpr (!halves) {
-                    simd::store_floats8(product[r][n],
-                                        simd::load_floats8(factor[r]) * simd::load_floats8(scale[n] + s * span_parts));
+                const floats8 own = simd::load_floats8(scale[n] + s * span_parts);
+                if constexpr (halves) {
+                    half_product[r][n][0] = simd::load_floats8(factor) * simd::twice_low(own);
+                    half_product[r][n][1] = simd::load_floats8(factor + 8) * simd::twice_high(own);
+                } else {
+                    simd::store_floats8(product[r][n], simd::load_floats8(factor) * own);
                 }
                 if constexpr (has_minimums<Block>) {
-                    constexpr int count = span_columns / codes<Block>::group;
-                    for (int k = 0; k < count; k += 8) {
-                        minimums[r][n] = simd::fma(simd::load_floats8(least[r] + k),
-                                                   simd::load_floats8(code_sum[n] + s * count + k), minimums[r][n]);
+                    for (int k = 0; k < factors; k += 8) {
+                        minimums[r][n] = simd::fma(simd::load_floats8(least + k),
+                                                   simd::load_floats8(code_sum[n] + s * factors + k), minimums[r][n]);
                     }
                 }
             }
@@ -57,15 +77,10 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
                 const simd::bytes32 weights = span_codes<Block, P>(w + r * stride);
                 for (int n = 0; n < N; ++n) {
                     const simd::bytes32 values = simd::load_bytes(code[n] + s * span_columns + P * part_columns);
-                    const floats8 dots =
-                        simd::to_floats(simd::dot4<has_signed_codes<Block>>(simd::no_sums(), weights, values));
-                    if constexpr (halves) {
-                        const floats8 both =
-                            simd::splat8(scale[n][s * span_parts + P]) * simd::splat4(factor[r] + 2 * P);
-                        sums[r][n] = simd::fma(dots, both, sums[r][n]);
-                    } else {
-                        sums[r][n] = simd::fma(dots, simd::splat8(product[r][n][P]), sums[r][n]);
-                    }
+                    const floats8 dots = dot_part<Block>(weights, values);
+                    const floats8 by =
+                        halves ? simd::splat4<P % 4>(half_product[r][n][P / 4]) : simd::splat8(product[r][n][P]);
+                    sums[r][n] = simd::fma(dots, by, sums[r][n]);
                 }
             }
         });
@@ -74,13 +89,12 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
     if constexpr (Block::elements == part_columns) {
         for (index p = spans * span_parts; p < columns / part_columns; ++p, ++w) {
             for (int r = 0; r < R; ++r) {
-                span_factors(w + r * stride, 1, factor[r], least[r]);
+                part_factors(w[r * stride], factor[0], least[0]);
                 const simd::bytes32 weights = span_codes<Block, 0>(w + r * stride);
                 for (int n = 0; n < N; ++n) {
-                    const floats8 dots = simd::to_floats(simd::dot4<has_signed_codes<Block>>(
-                        simd::no_sums(), weights, simd::load_bytes(code[n] + p * part_columns)));
-                    sums[r][n] = simd::fma(dots, simd::splat8(factor[r][0] * scale[n][p]), sums[r][n]);
-                    if constexpr (has_minimums<Block>) rest[r][n] += least[r][0] * code_sum[n][p];
+                    const floats8 dots = dot_part<Block>(weights, simd::load_bytes(code[n] + p * part_columns));
+                    sums[r][n] = simd::fma(dots, simd::splat8(factor[0] * scale[n][p]), sums[r][n]);
+                    if constexpr (has_minimums<Block>) rest[r][n] += least[0] * code_sum[n][p];
                 }
             }
         }

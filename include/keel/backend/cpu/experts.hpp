@@ -212,7 +212,8 @@ void experts(const experts_args<Matrix>& a, precision wanted, thread_pool& pool,
     const auto tasks = memory.take<detail::expert_task>(used);
     for (index e = 0, task = 0, first = 0; e < a.gate.count; first = ends[e++]) {
         if (ends[e] == first) continue;
-        tasks[task++] = {a.gate.matrix(e), a.up.matrix(e), a.down.matrix(e), first, {.count = ends[e] - first, .x = {}}, {}};
+        tasks[task++] = {
+            a.gate.matrix(e), a.up.matrix(e), a.down.matrix(e), first, {.count = ends[e] - first, .x = {}}, {}};
     }
     const auto source = memory.take<index>(count);
     const auto weight = memory.take<float>(count);

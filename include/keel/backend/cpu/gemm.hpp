@@ -49,12 +49,14 @@ struct tile_lanes {
         return _mm512_dpbusd_epi32(sums, weights, _mm512_set1_epi32(four));
     }
 
-    /// From 16 rows of 32 codes to 8 registers of 16 lanes with 4 codes each.
-    static void transpose(const std::uint8_t (*from)[part_columns], std::uint8_t* to) {
+    /// From 16 rows of 8 times 4 bytes to 8 of 16.
+    static void transpose(const void* rows_of_8, void* rows_of_16) {
+        const auto* const from = static_cast<const std::uint8_t*>(rows_of_8);
+        auto* const to = static_cast<std::uint8_t*>(rows_of_16);
         __m512i x[8], y[8];
         for (int i = 0; i < 8; ++i) {  // rows 0-3 with 4-7 in the upper half; rows 8-11 with 12-15
             const int row = i < 4 ? i : i + 4;
-            x[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load(from[row])), load(from[row + 4]), 1);
+            x[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load(from + 32 * row)), load(from + 32 * (row + 4)), 1);
         }
         for (int i = 0; i < 8; i += 4) {
             const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
@@ -98,9 +100,13 @@ struct tile_lanes {
         return simd::dot4<Signed>(sums, weights, simd::repeat4(x));
     }
 
-    static void transpose(const std::uint8_t (*from)[part_columns], std::uint8_t* to) {
-        for (int c = 0; c < part_columns / 4; ++c) {
-            for (int r = 0; r < rows; ++r) std::memcpy(to + (c * rows + r) * 4, from[r] + 4 * c, 4);
+    /// From 8 rows of 8 times 4 bytes to the other 8.
+    static void transpose(const void* rows_of_8, void* to) {
+        const auto* const from = static_cast<const std::uint8_t*>(rows_of_8);
+        for (int c = 0; c < 8; ++c) {
+            for (int r = 0; r < rows; ++r) {
+                std::memcpy(static_cast<std::uint8_t*>(to) + (c * rows + r) * 4, from + 32 * r + 4 * c, 4);
+            }
         }
     }
 };
@@ -131,23 +137,51 @@ struct weight_tile {
     /// blocks apart.
     template <class Block>
     void unpack(const Block* w, index stride, int rows, index columns) const {
+        const auto row = [&](int lane, index first_column) {
+            return w + std::min(lane, rows - 1) * stride + first_column / Block::elements;
+        };
+        index p = 0;
+        for (; (p + span_parts) * part_columns <= columns; p += span_parts) {
+            unpack_span<Block>([&](int lane) { return row(lane, p * part_columns); }, p);
+        }
+        if constexpr (Block::elements == part_columns) {
+            for (; p * part_columns < columns; ++p) {
+                alignas(64) std::uint8_t codes[tile_lanes::rows][part_columns];
+                for (int lane = 0; lane < tile_lanes::rows; ++lane) {
+                    const Block* const b = row(lane, p * part_columns);
+                    part_factors(*b, scale[p * tile_lanes::rows + lane], min[p * tile_lanes::rows + lane]);
+                    simd::store_bytes(codes[lane], span_codes<Block, 0>(b));
+                }
+                tile_lanes::transpose(codes[0], code + p * code_bytes);
+            }
+        }
+    }
+
+private:
+    template <class Block, class F>
+    void unpack_span(F&& row, index first) const {
         constexpr int groups = part_columns / codes<Block>::group;
         alignas(64) std::uint8_t part_codes[span_parts][tile_lanes::rows][part_columns];
-        alignas(32) float factor[16], least[16];
-        for (index first = 0; first < columns / part_columns; first += span_parts) {
-            const int parts = static_cast<int>(std::min<index>(span_parts, columns / part_columns - first));
-            for (int lane = 0; lane < tile_lanes::rows; ++lane) {
-                const Block* const b = w + std::min(lane, rows - 1) * stride + first * part_columns / Block::elements;
-                span_factors(b, parts, factor, least);
-                for (int k = 0; k < parts * groups; ++k) {
-                    scale[(first * groups + k) * tile_lanes::rows + lane] = factor[k];
-                    if constexpr (has_minimums<Block>) min[(first * groups + k) * tile_lanes::rows + lane] = least[k];
+        alignas(64) float factor[groups][tile_lanes::rows][span_parts], least[groups][tile_lanes::rows][span_parts];
+        for (int lane = 0; lane < tile_lanes::rows; ++lane) {
+            const Block* const b = row(lane);
+            alignas(32) float all[16], all_least[16];
+            span_factors(b, all, all_least);
+            for (int g = 0; g < groups; ++g) {
+                simd::store_floats8(factor[g][lane], simd::load_floats8(all + g * span_parts));
+                if constexpr (has_minimums<Block>) {
+                    simd::store_floats8(least[g][lane], simd::load_floats8(all_least + g * span_parts));
                 }
-                unrolled<span_parts>([&]<int P>() {
-                    if (P < parts) simd::store_bytes(part_codes[P][lane], span_codes<Block, P>(b));
-                });
             }
-            for (int p = 0; p < parts; ++p) tile_lanes::transpose(part_codes[p], code + (first + p) * code_bytes);
+            unrolled<span_parts>([&]<int P>() { simd::store_bytes(part_codes[P][lane], span_codes<Block, P>(b)); });
+        }
+        for (int p = 0; p < span_parts; ++p) {
+            tile_lanes::transpose(part_codes[p][0], code + (first + p) * code_bytes);
+        }
+        for (int g = 0; g < groups; ++g) {
+            const index at = (first * groups + g * span_parts) * tile_lanes::rows;
+            tile_lanes::transpose(factor[g][0], scale + at);
+            if constexpr (has_minimums<Block>) tile_lanes::transpose(least[g][0], min + at);
         }
     }
 };
