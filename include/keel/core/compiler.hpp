@@ -28,6 +28,10 @@
 #define KEEL_ISA portable
 #endif
 
+// The name of a macro's value, such as "avx2" for KEEL_TEXT(KEEL_ISA).
+#define KEEL_TEXT_(value) #value
+#define KEEL_TEXT(value) KEEL_TEXT_(value)
+
 #define KEEL_JOIN_(major, minor, isa) v##major##_##minor##_##isa
 #define KEEL_JOIN(major, minor, isa) KEEL_JOIN_(major, minor, isa)
 
