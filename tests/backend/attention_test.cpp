@@ -31,7 +31,7 @@ workspace_limits limits(const mla_shape& s, index rows) {
 }
 
 constexpr mla_shape shapes[] = {
-    {1, 32, 8, 16, 16}, {3, 40, 5, 7, 9}, {16, 64, 16, 32, 32}, {33, 96, 32, 24, 48}, {2, 64, 32, 32, 64}};
+    {1, 32, 8, 16, 16}, {3, 40, 5, 7, 9}, {16, 64, 16, 32, 32}, {33, 96, 32, 24, 48}, {32, 64, 32, 32, 64}};
 
 /// Random operands of absorbed attention; scores of about unit size, some much larger.
 struct absorbed_operands {
@@ -93,7 +93,7 @@ TEST_CASE("Absorbed attention agrees with the plain loops") {
                 thread_pool pool(threads);
                 scratch workspace(latent_attend_scratch_bytes(limits(s, sequence.rows()), threads));
                 latent_attend(args, pool, workspace);
-                CHECK(relative_error(x.out, expected) <= 2e-6);
+                CHECK(relative_error(x.out, expected) <= (cache == dtype::f32 ? 2e-6 : 3e-5));
             }
         }
     }

@@ -15,8 +15,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
-
 namespace keel::inline KEEL_ABI {
 namespace amx {
 
@@ -29,17 +27,25 @@ inline bool permitted() {
     return syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
 
-/// While it lives, this thread's matrix unit has eight tiles of 16 rows of 64 bytes.
+namespace detail {
+
+/// Eight tiles of 16 rows of 64 bytes. A constant, because GCC does not know that all of it is read.
+struct alignas(64) tile_shape {
+    unsigned char palette = 1, start_row = 0, reserved[14] = {};
+    unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline constexpr tile_shape tiles;
+
+/// GCC does not know either that tiles are loaded from memory: what was written before must be there.
+inline void finish_stores() { asm volatile("" : : : "memory"); }
+
+}  // namespace detail
+
+/// While it lives, this thread may use the matrix unit.
 class session {
 public:
-    session() {
-        struct alignas(64) {
-            unsigned char palette = 1, start_row = 0, reserved[14] = {};
-            unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } const shape;
-        _tile_loadconfig(&shape);
-    }
+    session() { _tile_loadconfig(&detail::tiles); }
     ~session() { _tile_release(); }
     session(const session&) = delete;
     session& operator=(const session&) = delete;
@@ -127,8 +133,8 @@ struct product {
 
 template <bool Accumulate>
 void multiply(const product& p) {
-    const auto bytes = [](index elements, std::size_t size) { return elements * static_cast<index>(size); };
-    const index a_row = bytes(p.a_row, 2), b_row = bytes(p.b_row, 2), c_row = bytes(p.c_row, 4);
+    detail::finish_stores();
+    const index a_row = p.a_row * 2, b_row = p.b_row * 2, c_row = p.c_row * 4;  // in bytes
     for (index j = 0; j < p.columns; j += block) {
         for (index i = 0; i < p.rows; i += block) {
             float* const c = p.c + i * p.c_row + j;

@@ -15,10 +15,10 @@ namespace keel::inline KEEL_ABI {
 namespace simd {
 
 /// `count` rows of the latent cache as floats, all in one block of it: where they lie, or converted in `memory`.
-inline const float* latent_rows(const memory_layout& layout, const segment& s, index layer, index position, index count,
-                                float* memory) {
-    const std::byte* const rows = layout.latent_row(s.blocks, layer, position);
-    if (layout.cache == dtype::f32) return reinterpret_cast<const float*>(rows);
+inline float* latent_rows(const memory_layout& layout, const segment& s, index layer, index position, index count,
+                          float* memory) {
+    std::byte* const rows = layout.latent_row(s.blocks, layer, position);
+    if (layout.cache == dtype::f32) return reinterpret_cast<float*>(rows);
     const f16* const halves = reinterpret_cast<const f16*>(rows);
     const index n = count * layout.latent_width;
     index i = 0;
