@@ -44,15 +44,7 @@ void bench_kda(int sequences, int tokens, int side_by_side) {
     args.layout.heads = heads, args.layout.head_dim = dim;
     args.workspace = workspace.data(), args.workspace_bytes = workspace.size();
     const double all = milliseconds([&] { check(launch::kda_chunk(args, nullptr), "kda_chunk"); });
-    const int chunks = (side_by_side + 15) / 16;
-    using factors = launch::detail::kda_factors<dim>;
-    const double prepare = milliseconds([&] {
-        launch::detail::kda_prepare_kernel<dim>
-            <<<dim3(static_cast<unsigned>(chunks), heads, static_cast<unsigned>(sequences)), 64>>>(
-                args, 0, static_cast<factors*>(args.workspace));
-    });
-    std::printf("kda_chunk  B=%d T=%5d, %5d side by side: %.4f ms (preparing %d chunks %.4f ms)\n", sequences, tokens,
-                side_by_side, all, chunks, prepare);
+    std::printf("kda_chunk  B=%d T=%5d, %5d side by side: %.4f ms\n", sequences, tokens, side_by_side, all);
 }
 
 /// One expert's blocks, or a few rows', repeated: random enough to multiply with, quick to make.
@@ -158,28 +150,36 @@ void bench_attend(int position, int rows, int positions) {
 
 }  // namespace
 
-int main() {
-    bench_attend(0, 2048, 2048);
-    bench_attend(0, 8192, 8192);
-    bench_attend(0, 8192, 4096);
-    bench_attend(30720, 2048, 4096);
+int main(int count, char** words) {
     using keel::dtype;
-    for (const int n : {2048, 8192}) {
-        bench_products("kda q k v", n, 2304, {4096, 4096, 4096}, dtype::q4_k);
-        bench_products("kda out", n, 4096, {2304}, dtype::q4_k);
-        bench_products("kda out", n, 4096, {2304}, dtype::q6_k);
-        bench_products("router", n, 2304, {256}, dtype::f32);
-        bench_products("gate up", n, 128, {4096}, dtype::q8_0);
-        bench_products("low rank", n, 2304, {128, 128, 32}, dtype::q4_k);
-        bench_feed_forward(n, 8, 256, 1024, dtype::q4_k, dtype::q4_k);
-        bench_feed_forward(n, 8, 256, 1024, dtype::q4_k, dtype::q6_k);
-        bench_feed_forward(n, 1, 0, 1024, dtype::q4_k, dtype::q6_k);
-        bench_feed_forward(n, 1, 0, 9216, dtype::q4_k, dtype::q6_k);
+    const auto wanted = [&](const char* name) { return count < 2 || std::strstr(name, words[1]) != nullptr; };
+    if (wanted("kda")) {
+        bench_kda(1, 2048, 2048);
+        bench_kda(1, 8192, 8192);
+        bench_kda(8, 1024, 1024);
     }
-    bench_kda(1, 2048, 2048);
-    bench_kda(1, 2048, 512);
-    bench_kda(1, 8192, 8192);
-    bench_kda(1, 8192, 2048);
-    bench_kda(1, 8192, 1024);
-    bench_kda(8, 1024, 1024);
+    for (const int n : {2048, 8192}) {
+        if (wanted("products")) {
+            bench_products("kda q k v", n, 2304, {4096, 4096, 4096}, dtype::q4_k);
+            bench_products("kda out", n, 4096, {2304}, dtype::q4_k);
+            bench_products("kda out", n, 4096, {2304}, dtype::q6_k);
+            bench_products("router", n, 2304, {256}, dtype::f32);
+            bench_products("gate up", n, 128, {4096}, dtype::q8_0);
+            bench_products("low rank", n, 2304, {128, 128, 32}, dtype::q4_k);
+        }
+        if (wanted("experts")) {
+            bench_feed_forward(n, 8, 256, 1024, dtype::q4_k, dtype::q4_k);
+            bench_feed_forward(n, 8, 256, 1024, dtype::q4_k, dtype::q6_k);
+        }
+        if (wanted("dense")) {
+            bench_feed_forward(n, 1, 0, 1024, dtype::q4_k, dtype::q6_k);
+            bench_feed_forward(n, 1, 0, 9216, dtype::q4_k, dtype::q6_k);
+        }
+    }
+    if (wanted("attend")) {
+        bench_attend(0, 2048, 2048);
+        bench_attend(0, 8192, 8192);
+        bench_attend(0, 8192, 4096);
+        bench_attend(30720, 2048, 4096);
+    }
 }

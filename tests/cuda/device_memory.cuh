@@ -89,18 +89,18 @@ double relative_error(const std::vector<float>& out, const std::vector<T>& expec
     return std::sqrt(difference / sum);
 }
 
-/// Median milliseconds of f(), which enqueues on stream 0.
+/// Median milliseconds of f(), which enqueues on `stream`.
 template <class F>
-double milliseconds(F&& f, int repeats = 15) {
+double milliseconds(F&& f, cudaStream_t stream = nullptr, int repeats = 15) {
     for (int i = 0; i < 3; ++i) f();
     cudaEvent_t begin, end;
     cudaEventCreate(&begin);
     cudaEventCreate(&end);
     std::vector<float> times;
     for (int i = 0; i < repeats; ++i) {
-        cudaEventRecord(begin);
+        cudaEventRecord(begin, stream);
         f();
-        cudaEventRecord(end);
+        cudaEventRecord(end, stream);
         check(cudaEventSynchronize(end), "run");
         float ms = 0;
         cudaEventElapsedTime(&ms, begin, end);

@@ -136,7 +136,12 @@ constexpr dtype all_types[] = {dtype::f32,  dtype::f16,    dtype::bf16,   dtype:
 
 bool is_plain(dtype type) { return type == dtype::f32 || type == dtype::f16 || type == dtype::bf16; }
 
-double allowed(dtype type, precision p) { return p == precision::exact || is_plain(type) ? 2e-6 : 2e-2; }
+/// Many rows are rounded to halves, few to 8 bits where weights are codes of at most 6.
+double allowed(dtype type, precision p, index rows = 1) {
+    if (p == precision::exact) return 2e-6;
+    if (rows >= 16) return 2e-3;
+    return is_plain(type) || type == dtype::q8_0 ? 2e-6 : 2e-2;
+}
 
 }  // namespace
 
@@ -180,8 +185,8 @@ TEST_CASE("products with every type of weights, odd numbers of rows") {
                 const auto mx = g.put(x.as(n, columns)), my = g.put(y.as(n, rows)), mz = g.put(z.as(n, index{5}));
                 const auto m = g.b.bind(w, nullptr), m2 = g.b.bind(w2, nullptr);
                 g.b.matmul(mx, {{m, my, true}, {m2, mz}});
-                CHECK(relative_error(g.get(my), expected.values) <= allowed(type, p));
-                CHECK(relative_error(g.get(mz), expected_z.values) <= 2e-6);
+                CHECK(relative_error(g.get(my), expected.values) <= allowed(type, p, n));
+                CHECK(relative_error(g.get(mz), expected_z.values) <= allowed(dtype::f32, p, n));
             }
         }
     }
@@ -382,15 +387,18 @@ TEST_CASE("experts and gated networks") {
         auto host = make_reference();
         struct shape {
             dtype up, down;
-            index hidden, ff;
+            index hidden, ff, n;
         };
-        for (const shape& s : std::vector<shape>{{dtype::f32, dtype::f32, 64, 33},
-                                                 {dtype::q4_k, dtype::q6_k, 512, 256},
-                                                 {dtype::q8_0, dtype::q8_0, 96, 32},
-                                                 {dtype::q4_k, dtype::f16, 256, 96},
-                                                 {dtype::q5_k, dtype::q4_0, 768, 1056}}) {
-            CAPTURE(info(s.up).name, info(s.down).name, p == precision::fast);
-            const index n = 5, experts = 7, k = 3;
+        for (const shape& s : std::vector<shape>{{dtype::f32, dtype::f32, 64, 33, 5},
+                                                 {dtype::f16, dtype::f16, 256, 32, 65},
+                                                 {dtype::bf16, dtype::bf16, 256, 64, 16},
+                                                 {dtype::q4_k, dtype::q6_k, 512, 256, 5},
+                                                 {dtype::q4_k, dtype::q6_k, 512, 256, 77},
+                                                 {dtype::q8_0, dtype::q8_0, 96, 32, 5},
+                                                 {dtype::q4_k, dtype::f16, 256, 96, 5},
+                                                 {dtype::q5_k, dtype::q4_0, 768, 1056, 5}}) {
+            const index n = s.n, experts = 7, k = 3;
+            CAPTURE(info(s.up).name, info(s.down).name, n, p == precision::fast);
             const random_matrix gate(s.up, experts, s.ff, s.hidden, 1), up(s.up, experts, s.ff, s.hidden, 2),
                 down(s.down, experts, s.hidden, s.ff, 3);
             array x = random.normal(n * s.hidden), weights = random.uniform(n * k, 0.1f, 1.0f);
@@ -405,7 +413,7 @@ TEST_CASE("experts and gated networks") {
             const auto mx = g.put(x.as(n, s.hidden)), mo = g.put(out.as(n, s.hidden));
             const auto mc = g.put(c);
             const auto mw = g.put(weights.as(n, k));
-            const double tolerance = p == precision::exact || is_plain(s.up) ? 3e-6 : 3e-2;
+            const double tolerance = 2 * std::max(allowed(s.up, p, n), allowed(s.down, p, n));
             g.b.experts({mx, mc, mw, mg, mu, md, mo});
             const auto once = g.get(mo);
             CHECK(relative_error(once, expected.values) <= tolerance);

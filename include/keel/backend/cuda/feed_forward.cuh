@@ -89,7 +89,7 @@ struct gated_arguments {
 template <int N, layout L>
 __device__ void gated_tile(const gated_arguments& args, const row_tile& tile, int first_row, const block_state& block) {
     const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, quad = thread % 4;
-    const int mine = thread / 32 * 16 + group;
+    const int mine = thread / 128 * 64 + thread % 128 / 32 * 16 + group;
     const unsigned char* from[2][2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -100,8 +100,7 @@ __device__ void gated_tile(const gated_arguments& args, const row_tile& tile, in
     float acc[2][N / 8][4] = {};
     multiply_tile<N, L>(acc, from, args.gate.columns, args.x, tile.first, block);
 
-    // The 64 rows are half a group of the next product: units 0 and 1 or 2 and 3 of its pieces. Collect them in shared
-    // memory, 8 bytes a piece.
+    // The 128 rows are a group of the next product: collect it in shared memory, then write it out whole.
     __syncthreads();
     unsigned char* const stage = block.stages;
 #pragma unroll
@@ -114,28 +113,31 @@ __device__ void gated_tile(const gated_arguments& args, const row_tile& tile, in
             for (int r = 0; r < 2; ++r) {
                 const float gate = acc[0][j][2 * r + e] * scale, up = acc[1][j][2 * r + e] * scale;
                 const float y = gate / (1.0f + __expf(-gate)) * up * hidden_factor;
-                const int i = mine + 8 * r, step = i % 16 / 2, piece = step * 2 + i % 32 / 16;
-                auto* const to = reinterpret_cast<__half*>(stage + token * 136 + piece * 8);
+                const int i = mine + 8 * r, step = i % 16 / 2, piece = step % 4 * 2 + i % 32 / 16;
+                auto* const to = reinterpret_cast<__half*>(stage + j * eight_bytes + step / 4 * 1024 + token % 8 * 128 +
+                                                           (piece ^ token % 8) * 16);
                 to[i / 32 * 2 + i % 2] = __float2half_rn(
                     first_row + i < args.gate.rows && token < tile.rows ? fminf(fmaxf(y, -65504.0f), 65504.0f) : 0.0f);
             }
         }
     }
     __syncthreads();
-    const int half_group = first_row % group_columns / 64;
-    for (int i = thread; i < tile.rows * 16; i += 128) {
-        uint4* const to = args.hidden.piece(first_row / group_columns, tile.first + i / 16, i % 16);
-        reinterpret_cast<uint2*>(to)[half_group] = *reinterpret_cast<const uint2*>(stage + i / 16 * 136 + i % 16 * 8);
-    }
+    uint4* const to = reinterpret_cast<uint4*>(args.hidden.tile(first_row / group_columns, tile.first));
+    const int pieces = (tile.rows + 7) / 8 * (eight_bytes / 16);
+    for (int i = thread; i < pieces; i += 256) to[i] = reinterpret_cast<const uint4*>(stage)[i];
     if (first_row == 0 && thread < tile.rows) args.hidden.scale[tile.first + thread] = 1.0f / hidden_factor;
 }
 
-/// Grid: (halves of groups of 128 rows of W, tiles).
+/// Grid: (groups of 128 rows of W, tiles).
 template <layout L>
-__global__ void __launch_bounds__(128, 2) gated_kernel(const __grid_constant__ gated_arguments args) {
-    row_tile tile;
+__global__ void __launch_bounds__(256, 1) gated_kernel(const __grid_constant__ gated_arguments args) {
+    row_tile tile, later;
     if (!args.tiles.get(static_cast<int>(blockIdx.y), tile)) return;
-    const int first_row = static_cast<int>(blockIdx.x) * 64;
+    const int first_row = static_cast<int>(blockIdx.x) * group_columns;
+    if (threadIdx.x < 2 && args.tiles.list != nullptr &&
+        args.tiles.get(static_cast<int>(blockIdx.y) + tiles_ahead, later) && later.matrix != tile.matrix) {
+        fetch_ahead(threadIdx.x == 0 ? args.gate : args.up, later.matrix, first_row, group_columns);
+    }
     const block_state block = start_block(args.depth);
     visit_tile(tile.rows, [&]<int N>() { gated_tile<N, L>(args, tile, first_row, block); });
 }
@@ -212,7 +214,7 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
     cudaError_t error = prepare_rows(args.x, args.x_row, args.rows, hidden, x, stream);
     if (error != cudaSuccess) return error;
 
-    const int blocks = 2 * groups_of(width);
+    const int blocks = groups_of(width);
     tiling tiles = all_rows(args.rows, blocks);
     int most_tiles = (args.rows + tiles.at_once - 1) / tiles.at_once;
     expert_order order{};

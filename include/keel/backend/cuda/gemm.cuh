@@ -9,9 +9,8 @@
 // unit of launch.hpp, and step s of 16 columns takes elements 2s, 2s+1, 16+2s, 17+2s of each of these four units. The
 // 16-byte pieces of a row are swizzled as wgmma.cuh says.
 //
-// A block is a warpgroup and computes 128 rows of W with up to 128 rows of activations. Weights go from memory to
-// registers one group ahead, become halves there, and are the left operand: they never visit shared memory. Two blocks
-// share a multiprocessor, so that one unpacks weights while the other multiplies.
+// A block of two warpgroups computes 256 rows of W with up to 128 rows of activations. Weights go from memory to
+// registers one group ahead, become halves there, and are the left operand: they never visit shared memory.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +28,7 @@ namespace keel::cuda_launch::detail {
 
 inline constexpr int group_columns = 128;
 inline constexpr int tile_rows = 128;                      // of activations that a block works on
-inline constexpr int block_rows = 128;                     // of W that a block works on
+inline constexpr int block_rows = 256;                     // of W that a block works on
 inline constexpr int eight_bytes = 8 * group_columns * 2;  // of 8 rows of a group
 inline constexpr int stage_bytes = tile_rows / 8 * eight_bytes;
 
@@ -120,17 +119,19 @@ struct tiling {
 /// All rows of one matrix, in tiles as large as leaves enough blocks to keep all multiprocessors busy.
 inline tiling all_rows(int rows, int blocks) {
     int at_once = tile_rows;
-    while (at_once > 32 && (rows + at_once - 1) / at_once * blocks < 256) at_once /= 2;
+    while (at_once > 32 && (rows + at_once - 1) / at_once * blocks < 128) at_once /= 2;
     return {nullptr, nullptr, rows, at_once};
 }
 
-/// The ring through which activations come to a block.
+/// The ring through which activations come to a block, and where its results go.
 struct tile_ring {
-    static constexpr int most = 4;
+    static constexpr int most = 6;
     barrier full[most], empty[most];
+    float scale[tile_rows];
+    int out_row[tile_rows];
 };
 
-inline constexpr int ring_bytes = 1024;  // barriers, before the stages
+inline constexpr int ring_bytes = 2048;  // before the stages
 
 struct block_state {
     unsigned char* stages;
@@ -145,6 +146,7 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
                               const prepared& x, int first, const block_state& block) {
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, quad = lane % 4;
     const int units = (columns + 31) / 32, groups = groups_of(columns);
+    const int lag = min(2, block.depth - 1);
     const auto fetch = [&](int group, int slot) {
         const stage_copy copy{block.ring->full[slot], lane};
         copy.begin(N / 8 * eight_bytes);
@@ -186,12 +188,14 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
             for (int i = 0; i < 16; ++i) settle(a[batch % 2][i / 4][i % 4]);
             wgmma_wait<0>();
 #endif
-            if (batch == 0 && group > 0) {  // the previous group is finished: fetch into its stage
-                const int previous = slot == 0 ? block.depth - 1 : slot - 1;
-                if (lane == 0) block.ring->empty[previous].arrive();
-                if (warp == 0 && group + block.depth - 1 < groups) {
-                    block.ring->empty[previous].wait(slot == 0 ? phase ^ 1 : phase);
-                    fetch(group + block.depth - 1, previous);
+            if (batch == 0 && group > 0) {  // this warp has finished the previous group
+                if (lane == 0) block.ring->empty[slot == 0 ? block.depth - 1 : slot - 1].arrive();
+                // Fetch into the stage of the group before it, which the other warpgroup has most likely finished too.
+                const int next = group + block.depth - lag;
+                if (warp == 0 && group >= lag && next < groups) {
+                    const int free = slot < lag ? slot + block.depth - lag : slot - lag;
+                    block.ring->empty[free].wait(slot < lag ? phase ^ 1 : phase);
+                    fetch(next, free);
                 }
             }
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -222,6 +226,21 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
 #endif
 }
 
+/// Asks for `rows` records from `row` on of matrix `m` in the second level cache.
+__device__ inline void fetch_ahead(const matrix& w, int m, int row, int rows) {
+#if __CUDA_ARCH__ >= 900
+    rows = min(rows, w.rows - row);
+    if (rows <= 0) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                     w.data + (static_cast<std::size_t>(m) * w.rows + row) * static_cast<std::size_t>(w.row_bytes)),
+                 "r"(rows * w.row_bytes)
+                 : "memory");
+#endif
+}
+
+/// How many tiles before its turn a matrix is fetched into the cache: it is read from memory while others multiply.
+inline constexpr int tiles_ahead = 8;
+
 /// Before multiply_tile: the stages lie in dynamic shared memory, behind the barriers, on 1024 bytes.
 __device__ inline block_state start_block(int depth) {
     extern __shared__ uint4 dynamic_memory[];
@@ -231,7 +250,7 @@ __device__ inline block_state start_block(int depth) {
     const block_state block{memory + ring_bytes, reinterpret_cast<tile_ring*>(memory), depth};
     if (static_cast<int>(threadIdx.x) < depth) {
         block.ring->full[threadIdx.x].init(stage_copy::arrivals);
-        block.ring->empty[threadIdx.x].init(4);
+        block.ring->empty[threadIdx.x].init(8);
     }
     publish_to_copies();
     __syncthreads();
@@ -245,7 +264,7 @@ struct product_target {
     long long row;
     int accumulate;
     int half;         // whether `out` is halves instead of floats
-    int first_block;  // in blocks of 128 rows of W, of the launch
+    int first_block;  // in blocks of 256 rows of W, of the launch
 };
 
 struct product_arguments {
@@ -262,7 +281,7 @@ template <int N, layout L>
 __device__ void product_tile(const product_arguments& args, const product_target& target, const row_tile& tile,
                              int first_row, const block_state& block) {
     const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, quad = thread % 4;
-    const int mine = first_row + thread / 32 * 16 + group;
+    const int mine = first_row + thread / 128 * 128 + thread % 128 / 32 * 16 + group;
     const unsigned char* from[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -270,30 +289,42 @@ __device__ void product_tile(const product_arguments& args, const product_target
         from[i / 2][i % 2] = target.weight.data + (static_cast<std::size_t>(tile.matrix) * target.weight.rows + row) *
                                                       static_cast<std::size_t>(target.weight.row_bytes);
     }
+    const int position = tile.first + thread;
+    if (thread < tile.rows) {
+        block.ring->scale[thread] = args.x.scale[position] * args.factor;
+        block.ring->out_row[thread] = args.out_rows == nullptr ? position : args.out_rows[position];
+    }
     float acc[2][N / 8][4] = {};
     multiply_tile<N, L>(acc, from, target.weight.columns, args.x, tile.first, block);
+    __syncthreads();
+    const auto store = [&]<class T, bool Accumulate>(T* out) {
+        out += mine;
+        bool inside[4];
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
+        for (int i = 0; i < 4; ++i) inside[i] = mine + i / 2 * 64 + i % 2 * 8 < target.weight.rows;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int token = 8 * j + 2 * quad + e;
-            if (token >= tile.rows) continue;
-            const int position = tile.first + token;
-            const float scale = args.x.scale[position] * args.factor;
-            const long long to = (args.out_rows == nullptr ? position : args.out_rows[position]) * target.row;
+        for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = mine + i / 2 * 64 + i % 2 * 8;
-                if (row >= target.weight.rows) continue;
-                const float y = acc[i / 2][j][i % 2 * 2 + e] * scale;
-                if (target.half) {
-                    static_cast<__half*>(target.out)[to + row] = __float2half_rn(y);
-                } else {
-                    float* const out = static_cast<float*>(target.out) + to + row;
-                    *out = target.accumulate ? *out + y : y;
+            for (int e = 0; e < 2; ++e) {
+                const int token = 8 * j + 2 * quad + e;
+                if (token >= tile.rows) continue;
+                const float scale = block.ring->scale[token];
+                T* const to = out + block.ring->out_row[token] * target.row;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    T* const y = to + i / 2 * 64 + i % 2 * 8;
+                    const float x = acc[i / 2][j][i % 2 * 2 + e] * scale;
+                    if (inside[i]) *y = Accumulate ? static_cast<T>(static_cast<float>(*y) + x) : static_cast<T>(x);
                 }
             }
         }
+    };
+    if (target.half) {
+        store.template operator()<__half, false>(static_cast<__half*>(target.out));
+    } else if (target.accumulate) {
+        store.template operator()<float, true>(static_cast<float*>(target.out));
+    } else {
+        store.template operator()<float, false>(static_cast<float*>(target.out));
     }
 }
 
@@ -306,35 +337,37 @@ __device__ void visit_tile(int rows, F&& f) {
     f.template operator()<32>();
 }
 
-/// Grid: (blocks of 128 rows of W over all products, tiles).
+/// Grid: (blocks of 256 rows of W over all products, tiles).
 template <layout L>
-__global__ void __launch_bounds__(128, 2) product_kernel(const __grid_constant__ product_arguments args) {
+__global__ void __launch_bounds__(256, 1) product_kernel(const __grid_constant__ product_arguments args) {
     row_tile tile;
     if (!args.tiles.get(static_cast<int>(blockIdx.y), tile)) return;
     int which = 0;
     while (which + 1 < args.products && static_cast<int>(blockIdx.x) >= args.list[which + 1].first_block) ++which;
     const product_target& target = args.list[which];
     const int first_row = (static_cast<int>(blockIdx.x) - target.first_block) * block_rows;
+    row_tile later;
+    if (threadIdx.x == 0 && args.tiles.list != nullptr &&
+        args.tiles.get(static_cast<int>(blockIdx.y) + tiles_ahead, later) && later.matrix != tile.matrix) {
+        fetch_ahead(target.weight, later.matrix, first_row, block_rows);
+    }
     const block_state block = start_block(args.depth);
     visit_tile(tile.rows, [&]<int N>() { product_tile<N, L>(args, target, tile, first_row, block); });
 }
 
-/// Starts a kernel with as many stages as fit into half of a multiprocessor's shared memory.
+/// Starts a kernel with as many stages as fit into a block's shared memory.
 template <class Arguments>
 cudaError_t start_products(void (*kernel)(Arguments), dim3 grid, Arguments args, cudaStream_t stream) {
-    int device = 0, all = 0, reserved = 0;
+    int device = 0, most = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
-    if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
-    }
-    args.depth = std::clamp((all / 2 - reserved - 2 * ring_bytes) / stage_bytes, 2, tile_ring::most);
+    args.depth = std::clamp((most - 2 * ring_bytes) / stage_bytes, 2, tile_ring::most);
     const int bytes = 2 * ring_bytes + args.depth * stage_bytes;
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess || grid.x == 0 || grid.y == 0) return error;
-    kernel<<<grid, 128, static_cast<std::size_t>(bytes), stream>>>(args);
+    kernel<<<grid, 256, static_cast<std::size_t>(bytes), stream>>>(args);
     return cudaGetLastError();
 }
 

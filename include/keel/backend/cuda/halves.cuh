@@ -55,95 +55,174 @@ __device__ half_steps bytes_to_halves(const unsigned (&a)[4], const unsigned (&b
     return out;
 }
 
-/// A unit of a row: load() as early as may be, then steps() twice.
+/// Loads that stay where they are written: the compiler would move them to their use, a group later.
+__device__ inline void fetch(std::uint32_t& to, const unsigned char* from, int bytes) {
+    if (bytes == 2) {
+        asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(to) : "l"(from));
+    } else {
+        asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(to) : "l"(from));
+    }
+}
+__device__ inline void fetch(uint2& to, const unsigned char* from) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
+}
+__device__ inline void fetch(uint4& to, const unsigned char* from) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+                 : "l"(from));
+}
+
+/// A unit of a row: load() as early as may be, then steps() twice. Units behind the end are loaded from the last one:
+/// activations are zero there.
 template <layout L>
-struct weight_unit {
-    using format = cuda_kernels::format<L>;
-    typename format::piece piece{};
+struct weight_unit;
+
+/// Both factors of a unit of Q4_K or Q5_K: scale, -minimum.
+struct scale_pair {
+    std::uint32_t codes, factors;
+
+    __device__ void load(const unsigned char* scales, int units, int unit) {
+        fetch(codes, scales + 2 * unit, 2);
+        fetch(factors, scales + 2 * units + unit / 8 * 4, 4);
+    }
+    __device__ half_scale value(float offset) const {
+        const __half2 product = __hmul2(__hadd2(as_half2(byte_pair(codes, 0)), both(-1024.0f)), as_half2(factors));
+        return {__low2half2(product), __hneg2(__high2half2(product)), both(offset)};
+    }
+};
+
+template <>
+struct weight_unit<layout::q4_k> {
+    uint4 codes;
+    scale_pair scales;
 
     __device__ void load(const unsigned char* row, int units, int unit, int) {
-        if (unit < units) {
-            piece = format::load(row, units, unit);
-        } else {
-            piece = {};
-        }
+        unit = min(unit, units - 1);
+        fetch(codes, row + 16 * unit);
+        scales.load(row + 16 * units, units, unit);
     }
-    __device__ half_steps steps(int part) const;
-};
-
-/// Both factors of a unit of Q4_K or Q5_K: {scale, scale}, {-minimum, -minimum}.
-struct scale_pair {
-    __half2 scale, minus_minimum;
-
-    __device__ explicit scale_pair(const cuda_kernels::scaled_pair& from) {
-        const __half2 codes = __hadd2(as_half2(byte_pair(from.scales, 0)), both(-1024.0f));
-        const __half2 product = __hmul2(codes, as_half2(from.factors));
-        scale = __low2half2(product);
-        minus_minimum = __hneg2(__high2half2(product));
-    }
-};
-
-template <>
-__device__ inline half_steps weight_unit<layout::q4_k>::steps(int part) const {
-    const std::uint32_t words[4] = {piece.codes.x, piece.codes.y, piece.codes.z, piece.codes.w};
-    const scale_pair of(piece.scales);
-    half_steps out;
+    __device__ half_steps steps(int part) const {
+        const std::uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+        const half_scale value = scales.value(-1024.0f);
+        half_steps out;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const std::uint32_t pair = byte_pair(words[2 * part + i / 2], i % 2);
-        const __half2 low = __hadd2(as_half2(pair & 0xFF0FFF0Fu), both(-1024.0f));
-        const __half2 high = __hfma2(as_half2(pair & 0xFFF0FFF0u), both(0.0625f), both(-64.0f));
-        out.low[i] = as_bits(__hfma2(low, of.scale, of.minus_minimum));
-        out.high[i] = as_bits(__hfma2(high, of.scale, of.minus_minimum));
+        for (int i = 0; i < 4; ++i) {
+            const std::uint32_t pair = byte_pair(words[2 * part + i / 2], i % 2);
+            const __half2 high = __hfma2(as_half2(pair & 0xFFF0FFF0u), both(0.0625f), both(-64.0f));
+            out.low[i] = value(pair & 0xFF0FFF0Fu);
+            out.high[i] = as_bits(__hfma2(high, value.scale, value.minus_minimum));
+        }
+        return out;
     }
-    return out;
-}
+};
 
 template <>
-__device__ inline half_steps weight_unit<layout::q5_k>::steps(int part) const {
-    unsigned a[4], b[4];
-    piece.unpack(a, b);
-    const scale_pair of(piece.scales);
-    const half_scale value{of.scale, of.minus_minimum, both(-1024.0f)};
-    return bytes_to_halves(a, b, part, value, value);
-}
+struct weight_unit<layout::q5_k> {
+    uint4 codes;
+    std::uint32_t high;
+    scale_pair scales;
+
+    __device__ void load(const unsigned char* row, int units, int unit, int) {
+        unit = min(unit, units - 1);
+        fetch(codes, row + 16 * unit);
+        fetch(high, row + 16 * units + 4 * unit, 4);
+        scales.load(row + 20 * units, units, unit);
+    }
+    __device__ half_steps steps(int part) const {
+        unsigned a[4], b[4];
+        cuda_kernels::unpack_nibbles(codes, a, b);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            a[i] |= ((high >> i) & 0x01010101u) << 4;
+            b[i] |= ((high >> (4 + i)) & 0x01010101u) << 4;
+        }
+        const half_scale value = scales.value(-1024.0f);
+        return bytes_to_halves(a, b, part, value, value);
+    }
+};
 
 template <>
-__device__ inline half_steps weight_unit<layout::q6_k>::steps(int part) const {
-    unsigned a[4], b[4];
-    piece.unpack(a, b);
-    const __half2 codes = __hadd2(as_half2(byte_pair(piece.scales ^ 0x8080u, 0)), both(-1152.0f));
-    const __half2 scales = __hmul2(codes, __half2half2(__ushort_as_half(piece.factor)));
-    const __half2 offset = both(-1056.0f);
-    return bytes_to_halves(a, b, part, half_scale_only{__low2half2(scales), offset},
-                           half_scale_only{__high2half2(scales), offset});
-}
+struct weight_unit<layout::q6_k> {
+    uint4 codes;
+    uint2 high;
+    std::uint32_t scales, factor;
+
+    __device__ void load(const unsigned char* row, int units, int unit, int) {
+        unit = min(unit, units - 1);
+        fetch(codes, row + 16 * unit);
+        fetch(high, row + 16 * units + 8 * unit);
+        fetch(scales, row + 24 * units + 2 * unit, 2);
+        fetch(factor, row + 26 * units + unit / 8 * 2, 2);
+    }
+    __device__ half_steps steps(int part) const {
+        unsigned a[4], b[4];
+        cuda_kernels::unpack_nibbles(codes, a, b);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const unsigned pairs = (i < 2 ? high.x : high.y) >> (i % 2 * 4);
+            a[i] |= (pairs & 0x03030303u) << 4;
+            b[i] |= (pairs & 0x0C0C0C0Cu) << 2;
+        }
+        const __half2 signed_codes = __hadd2(as_half2(byte_pair(scales ^ 0x8080u, 0)), both(-1152.0f));
+        const __half2 of = __hmul2(signed_codes, __half2half2(__ushort_as_half(static_cast<unsigned short>(factor))));
+        return bytes_to_halves(a, b, part, half_scale_only{__low2half2(of), both(-1056.0f)},
+                               half_scale_only{__high2half2(of), both(-1056.0f)});
+    }
+};
 
 /// Signed bytes as unsigned ones, 128 larger.
-__device__ inline void make_unsigned(unsigned (&a)[4], unsigned (&b)[4]) {
+struct byte_codes {
+    uint4 first, second;
+
+    __device__ void load(const unsigned char* codes, int unit) {
+        fetch(first, codes + 32 * unit);
+        fetch(second, codes + 32 * unit + 16);
+    }
+    __device__ void unpack(unsigned (&a)[4], unsigned (&b)[4]) const {
+        a[0] = first.x, a[1] = first.y, a[2] = first.z, a[3] = first.w;
+        b[0] = second.x, b[1] = second.y, b[2] = second.z, b[3] = second.w;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] ^= 0x80808080u, b[i] ^= 0x80808080u;
-}
+        for (int i = 0; i < 4; ++i) a[i] ^= 0x80808080u, b[i] ^= 0x80808080u;
+    }
+};
 
 template <>
-__device__ inline half_steps weight_unit<layout::q8_0>::steps(int part) const {
-    unsigned a[4], b[4];
-    piece.codes.unpack(a, b);
-    make_unsigned(a, b);
-    const half_scale_only value{__half2half2(__ushort_as_half(piece.scale)), both(-1152.0f)};
-    return bytes_to_halves(a, b, part, value, value);
-}
+struct weight_unit<layout::q8_0> {
+    byte_codes codes;
+    std::uint32_t scale;
+
+    __device__ void load(const unsigned char* row, int units, int unit, int) {
+        unit = min(unit, units - 1);
+        codes.load(row, unit);
+        fetch(scale, row + 32 * units + 2 * unit, 2);
+    }
+    __device__ half_steps steps(int part) const {
+        unsigned a[4], b[4];
+        codes.unpack(a, b);
+        const half_scale_only value{__half2half2(__ushort_as_half(static_cast<unsigned short>(scale))), both(-1152.0f)};
+        return bytes_to_halves(a, b, part, value, value);
+    }
+};
 
 template <>
-__device__ inline half_steps weight_unit<layout::wide>::steps(int part) const {
-    unsigned a[4], b[4];
-    piece.codes.unpack(a, b);
-    make_unsigned(a, b);
-    const __half2 offset = both(-1152.0f);
-    const uint4& s = piece.scales;
-    return bytes_to_halves(a, b, part, half_scale{both(__uint_as_float(s.x)), both(-__uint_as_float(s.y)), offset},
-                           half_scale{both(__uint_as_float(s.z)), both(-__uint_as_float(s.w)), offset});
-}
+struct weight_unit<layout::wide> {
+    byte_codes codes;
+    uint4 scales;  // scale, minimum of elements 0 to 15, then of 16 to 31
+
+    __device__ void load(const unsigned char* row, int units, int unit, int) {
+        unit = min(unit, units - 1);
+        codes.load(row, unit);
+        fetch(scales, row + 32 * units + 16 * unit);
+    }
+    __device__ half_steps steps(int part) const {
+        unsigned a[4], b[4];
+        codes.unpack(a, b);
+        const auto value = [](std::uint32_t scale, std::uint32_t minimum) {
+            return half_scale{both(__uint_as_float(scale)), both(-__uint_as_float(minimum)), both(-1152.0f)};
+        };
+        return bytes_to_halves(a, b, part, value(scales.x, scales.y), value(scales.z, scales.w));
+    }
+};
 
 /// Elements are loaded when they are needed: 64 or 128 bytes of a unit would take too many registers.
 template <int ElementBytes>

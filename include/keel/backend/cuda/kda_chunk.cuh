@@ -354,11 +354,11 @@ __device__ void kda_scan(const kda_chunk_args& args, const kda_scan_range& range
     };
     float kept[4] = {};  // with two parts: of the previous chunk, the tokens that this one writes
 
+    int slot = 0, phase = 0;
     for (int chunk = 0; chunk < range.chunks; ++chunk) {
-        const int slot = chunk % kda_stages;
         const typename kda_scan_memory<D>::stage& stage = memory.ring[slot];
         const kda_factors<D>& f = stage.factors;
-        memory.full[slot].wait(chunk / kda_stages % 2);
+        memory.full[slot].wait(phase);
         uint4 erase[2][steps / 2], read[2][steps / 2], keys[steps];
 #pragma unroll
         for (int i = 0; i < steps; ++i) erase[i % 2][i / 2] = f.erase[i % 2][part * (steps / 2) + i / 2][lane];
@@ -373,6 +373,11 @@ __device__ void kda_scan(const kda_chunk_args& args, const kda_scan_range& range
             v[i] = pack(stage.v[t][c], stage.v[t + 1][c]);
         }
         const uint4 solve = f.solve[lane], mix = f.mix[lane];
+        float2 decay[2 * steps];
+#pragma unroll
+        for (int j = 0; j < 2 * steps; ++j) {
+            decay[j] = *reinterpret_cast<const float2*>(&f.decay[part * (D / parts) + 8 * j + 2 * quad]);
+        }
 
         std::uint32_t s[steps][4];
 #pragma unroll
@@ -417,9 +422,8 @@ __device__ void kda_scan(const kda_chunk_args& args, const kda_scan_range& range
         }
 #pragma unroll
         for (int j = 0; j < 2 * steps; ++j) {
-            const float2 decay = *reinterpret_cast<const float2*>(&f.decay[part * (D / parts) + 8 * j + 2 * quad]);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) state[j][e] *= e % 2 == 0 ? decay.x : decay.y;
+            for (int e = 0; e < 4; ++e) state[j][e] *= e % 2 == 0 ? decay[j].x : decay[j].y;
         }
         if constexpr (parts == 2) {
             asm volatile("bar.sync %0, 64;" ::"r"(slab + 1) : "memory");
@@ -439,6 +443,7 @@ __device__ void kda_scan(const kda_chunk_args& args, const kda_scan_range& range
         }
         __syncwarp();
         if (lane == 0) memory.empty[slot].arrive();
+        if (++slot == kda_stages) slot = 0, phase ^= 1;
         float all[2][4];
 #pragma unroll
         for (int i = 0; i < 8; ++i) all[i / 4][i % 4] = out[0][i / 4][i % 4] + out[1][i / 4][i % 4];
