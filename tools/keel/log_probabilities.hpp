@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -106,7 +107,8 @@ public:
 
     [[nodiscard]] const text_chunks& text() const { return text_; }
 
-    /// The log probabilities of scored position `row`, counted through all chunks.
+    /// The log probabilities of scored position `row`, counted through all chunks; minus infinity for tokens so
+    /// unlikely that the file does not know how much.
     void read(std::size_t row, std::vector<double>& log_p) const {
         const std::byte* const at = file_.bytes().data() + rows_at_ + row * row_bytes_;
         float scale, least;
@@ -116,7 +118,8 @@ public:
         for (std::size_t i = 0; i < log_p.size(); ++i) {
             std::uint16_t code;
             std::memcpy(&code, at + 8 + 2 * i, 2);
-            log_p[i] = static_cast<double>(scale) * code + static_cast<double>(least);
+            log_p[i] = code == 0 && scale > 0 ? -std::numeric_limits<double>::infinity()
+                                              : static_cast<double>(scale) * code + static_cast<double>(least);
         }
     }
 

@@ -97,7 +97,8 @@ void perplexity(const perplexity_options& options) {
                               base->read(nll.size(), expected);
                               double sum = 0;
                               for (std::size_t t = 0; t < log_p.size(); ++t) {
-                                  sum += std::exp(expected[t]) * (expected[t] - log_p[t]);
+                                  if (std::isfinite(expected[t]))
+                                      sum += std::exp(expected[t]) * (expected[t] - log_p[t]);
                               }
                               divergence.push_back(sum);
                               agreed += likeliest(log_p) == likeliest(expected) ? 1 : 0;
