@@ -148,7 +148,26 @@ void run(const options& o) {
                 static_cast<double>(bytes) * 1e-9 / upload, token_bytes * 1e-9);
     for (const std::string& note : device->notes()) std::printf("note: %s\n", note.c_str());
 
-    const executor<cuda> model(c, backend, 256, device, std::move(w));
+    const executor<cuda> model(c, backend, 2048, device, std::move(w));
+    for (const index rows : {index{512}, index{2048}, index{8192}}) {
+        if (o.once >= 0 || o.arithmetic == precision::exact) continue;
+        std::vector<token> prompt(static_cast<std::size_t>(rows));
+        for (std::size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<token>(i * 7919 % 160000);
+        double best = 1e30;
+        for (int round = 0; round < 3; ++round) {
+            auto state = model.make_state();
+            b.download(sync, some.data(), 4);
+            const double begin = seconds();
+            for (std::size_t i = 0; i < prompt.size(); i += 2048) {
+                const job<cuda> next{
+                    &state, std::span<const token>(prompt).subspan(i, std::min<std::size_t>(2048, prompt.size() - i))};
+                model.run({&next, 1}, 9000, [](cuda&, std::size_t, index, view<const float, 1>) {});
+            }
+            b.download(sync, some.data(), 4);
+            best = std::min(best, seconds() - begin);
+        }
+        std::printf("prefill %5ld: %8.2f ms, %8.0f tok/s\n", rows, best * 1e3, static_cast<double>(rows) / best);
+    }
     std::printf("%9s %9s %12s %12s %10s %8s\n", "sequences", "depth", "ms a step", "tok/s", "GB/s", "of 4630");
     for (const auto& [sequences, depth] : std::vector<std::pair<index, index>>{
              {1, 0}, {1, 4096}, {1, 32768}, {1, 131072}, {2, 0}, {4, 0}, {8, 0}, {16, 0}, {64, 0}}) {
@@ -205,6 +224,7 @@ void run(const options& o) {
 }  // namespace keel
 
 int main(int argc, char** argv) {
+    std::setvbuf(stdout, nullptr, _IOLBF, 0);
     keel::options o;
     for (int i = 1; i < argc; ++i) {
         const std::string what = argv[i];

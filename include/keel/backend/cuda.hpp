@@ -74,14 +74,26 @@ public:
 
     /// Activations between the two kernels of a feed-forward network, results of kda_mix and of the router, partial
     /// results of split attention.
-    static index scratch_bytes(const workspace_limits& l, const backend_options&) {
+    static index scratch_bytes(const workspace_limits& l, const backend_options& options) {
         const index widest = (std::max(l.expert_ff, l.columns) + 31) / 32;  // the shared expert may be the widest
         const index hidden = l.rows * (l.chosen + 1) * widest * cuda_launch::hidden_unit_bytes;
         const index partial = partial_floats(l.heads, l.latent_rank) * static_cast<index>(sizeof(float));
-        const index absorbed = 2 * l.rows * l.heads * l.latent_rank * static_cast<index>(sizeof(float));
+        index many = 0;  // products on tensor cores, one at a time
+        if (options.precision == precision::fast) {
+            const int rows = number(l.rows), columns = number(l.columns), heads = number(l.heads);
+            const std::size_t most = std::max(
+                {cuda_launch::products_bytes(rows, columns),
+                 cuda_launch::feed_forward_bytes(rows, number(l.chosen), number(l.experts), columns,
+                                                 number(l.expert_ff)),
+                 cuda_launch::feed_forward_bytes(rows, 1, 0, columns, columns),
+                 chunk_bytes(l.rows, l.heads, l.head_dim),
+                 cuda_launch::expanded_attend_bytes(rows, expanded_positions(l.context), heads, number(l.latent_width),
+                                                    number(l.latent_rank), number(l.mla_key), number(l.mla_value))});
+            many = static_cast<index>(most) + l.rows * l.columns * static_cast<index>(sizeof(float));
+        }
         const index mixed = l.rows * l.heads * (l.head_dim + l.head_dim / 32) * static_cast<index>(sizeof(float));
-        const index routed = l.rows * (l.experts + 2 * l.chosen) * static_cast<index>(sizeof(float));
-        return hidden + mixed + routed + partial + absorbed + 16 * arena::alignment;
+        const index routed = l.rows * (l.experts + 2 * l.chosen + l.columns / 2) * static_cast<index>(sizeof(float));
+        return hidden + mixed + routed + partial + many + 16 * arena::alignment;
     }
 
     // Weights.
@@ -97,7 +109,9 @@ public:
         return {std::move(memory), static_cast<index>(values.size())};
     }
 
-    [[nodiscard]] index prefill_from() const { return std::numeric_limits<index>::max(); }
+    [[nodiscard]] index prefill_from() const {
+        return device_->precision() == precision::exact ? std::numeric_limits<index>::max() : 32;
+    }
 
     /// Runs pass(), a function of `b` that enqueues operations and returns where their results lie. The batch is
     /// uploaded once; if it only decodes, the kernels are recorded, and replayed for the next batch of the same shape.
@@ -127,12 +141,23 @@ public:
     }
 
     void matmul(view<const float, 2> x, std::initializer_list<linear<matrix>> products) {
-        multiply(input(x), products);
+        if (many(x)) {
+            multiply_many(x, products);
+        } else {
+            multiply(input(x), products);
+        }
     }
 
-    /// rms_norm and then matmul, in one kernel.
+    /// rms_norm and then matmul, for few rows in one kernel.
     void norm_matmul(view<const float, 2> x, view<const float, 1> norm, float epsilon,
                      std::initializer_list<linear<matrix>> products) {
+        if (many(x)) {
+            const arena::scope scope(workspace());
+            const auto normed = workspace().take<float>(x.extent[0], x.extent[1]);
+            rms_norm({x, norm, epsilon, normed});
+            multiply_many(normed, products);
+            return;
+        }
         cuda_launch::matvec_args a = input(x);
         a.before = cuda_launch::prologue::rms_norm;
         a.norm = norm.data;
@@ -148,7 +173,7 @@ public:
         to.rows = number(a.x.extent[0]);
         to.columns = number(a.x.extent[2]);
         to.heads = number(a.x.extent[1]);
-        to.quantise = quantise();
+        to.quantise = quantise(a.x.extent[2]);
         to.products = 1;
         to.list[0] = {a.weight.on_device, a.out.data, a.out.stride[0], a.out.stride[1], 0};
         call("matmul_heads", cuda_launch::matvec(to, stream()));
@@ -204,7 +229,10 @@ public:
     void kda_mix(const kda_mix_args<matrix>& a) {
         const arena::scope scope(workspace());
         const index n = a.x.extent[0], slabs = a.layout.head_dim / 32;
-        const auto out = workspace().take<float>(n, a.layout.channels());
+        const bool codes = n < many_rows && quantise(a.layout.channels()) == 1 && is_integer(a.out);
+        const index units = a.layout.channels() / 32, code_bytes = cuda_launch::code_row_bytes(number(units));
+        const auto out = workspace().take<float>(codes ? 0 : n, a.layout.channels());
+        const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
         const auto squares = workspace().take<float>(n, a.layout.heads * slabs);
         call("kda_mix", cuda_launch::kda_mix({a.q.data,
                                               a.k.data,
@@ -227,7 +255,8 @@ public:
                                               a.dt_bias.data,
                                               a.out_norm.data,
                                               a.epsilon,
-                                              out.data,
+                                              codes ? nullptr : out.data,
+                                              codes ? coded.data : nullptr,
                                               out.stride[0],
                                               squares.data,
                                               counters(std::ssize(a.segments) * a.layout.heads),
@@ -236,8 +265,18 @@ public:
                                               number(a.layer),
                                               plain(a.layout)},
                                              stream()));
+        if (!codes && many(out)) {
+            call("kda_mix", cuda_launch::head_norm({out.data, squares.data, number(n), number(a.layout.heads),
+                                                    number(a.layout.head_dim), number(slabs), a.epsilon},
+                                                   stream()));
+            multiply_many(out, {{a.out, a.x, true}});
+            return;
+        }
         cuda_launch::matvec_args project = input(out);
-        project.before = cuda_launch::prologue::head_norm;
+        project.before = codes ? cuda_launch::prologue::codes : cuda_launch::prologue::head_norm;
+        project.codes = coded.data;
+        project.codes_row = code_bytes;
+        project.rows = number(n);
         project.squares = squares.data;
         project.epsilon = a.epsilon;
         project.head_dim = number(a.layout.head_dim);
@@ -245,7 +284,29 @@ public:
         multiply(project, {{a.out, a.x, true}});
     }
 
-    void kda_chunk(const kda_args& a) { kda_step(a); }
+    void kda_chunk(const kda_args& a) {
+        const arena::scope scope(workspace());
+        index longest = 0;
+        for (const segment& s : a.segments) longest = std::max(longest, s.rows);
+        const index count = std::ssize(a.segments);
+        const std::size_t bytes = chunk_bytes(rows_of(a.segments).count, a.layout.heads, a.layout.head_dim);
+        const auto memory = workspace().take<std::byte>(static_cast<index>(bytes));
+        cuda_launch::kda_chunk_args to{};
+        to.q = {a.q.data, a.q.stride[0], a.q.stride[1]};
+        to.k = {a.k.data, a.k.stride[0], a.k.stride[1]};
+        to.v = {a.v.data, a.v.stride[0], a.v.stride[1]};
+        to.log_decay = {a.log_decay.data, a.log_decay.stride[0], a.log_decay.stride[1]};
+        to.beta = {a.beta.data, a.beta.stride[0], 1};
+        to.out = {a.out.data, a.out.stride[0], a.out.stride[1]};
+        to.segments = table_.segments(a.segments);
+        to.segment_count = number(count);
+        to.longest = number(longest);
+        to.layer = number(a.layer);
+        to.layout = plain(a.layout);
+        to.workspace = memory.data;
+        to.workspace_bytes = bytes;
+        call("kda_chunk", cuda_launch::kda_chunk(to, stream()));
+    }
 
     void gated_norm(const gated_norm_args& a) {
         call("gated_norm", cuda_launch::gated_norm({a.x.data, a.weight.data, a.gate.data, a.x.stride[0], a.x.stride[1],
@@ -272,7 +333,9 @@ public:
         const index step = device_->precision() == precision::exact ? at_once : attend_blocks;
         for (index r = 0; r < count; r += step) {
             const index rows = std::min(step, count - r);
-            const index splits = device_->precision() == precision::exact ? exact_splits : attend_blocks / rows;
+            const index splits = device_->precision() == precision::exact
+                                     ? exact_splits
+                                     : std::clamp<index>(device_->multiprocessors() / rows, 1, attend_blocks / rows);
             call("latent_attend", cuda_launch::latent_attend({a.q_latent.data,
                                                               a.q_position.data,
                                                               a.q_latent.stride[0],
@@ -283,6 +346,7 @@ public:
                                                               a.out.stride[0],
                                                               a.out.stride[1],
                                                               a.scale,
+                                                              device_->precision() == precision::fast ? 1 : 0,
                                                               number(heads),
                                                               number(rank),
                                                               number(a.layer),
@@ -297,19 +361,37 @@ public:
         }
     }
 
-    /// The absorbed form.
     void expanded_attend(const expanded_attend_args<matrix>& a) {
         const arena::scope scope(workspace());
-        const index heads = a.q.extent[1], own = a.key_up.on_device.columns, rank = a.key_up.on_device.rows;
+        const cuda_launch::matrix &key = a.key_up.on_device, &value = a.value_up.on_device;
         const auto [first, count] = rows_of(a.segments);
-        const auto q_latent = workspace().take<float>(a.q.extent[0], heads, rank);
-        const auto mixed = workspace().take<float>(a.q.extent[0], heads, rank);
-        matmul_heads({a.key_up, a.q.columns(0, own).rows(first, count), q_latent.rows(first, count)});
-        latent_attend({q_latent, a.q.columns(own, a.q.extent[2] - own), a.scale, a.layer, a.segments, a.layout, mixed});
-        matmul_heads({a.value_up, mixed.rows(first, count), a.out.rows(first, count)});
+        const index rows = first + count;  // the kernels count from the batch's first row
+        index length = 0;
+        for (const segment& s : a.segments) length = std::max(length, s.position + s.rows);
+        const std::size_t bytes = cuda_launch::expanded_attend_bytes(
+            number(rows), expanded_positions(length), number(a.q.extent[1]), number(a.layout.latent_width), key.rows,
+            number(a.q.extent[2]), value.rows);
+        const auto memory = workspace().take<std::byte>(static_cast<index>(bytes));
+        cuda_launch::expanded_attend_args to{};
+        to.q = {a.q.data, a.q.stride[0], a.q.stride[1]};
+        to.out = {a.out.data, a.out.stride[0], a.out.stride[1]};
+        to.key_up = key;
+        to.value_up = value;
+        to.scale = a.scale;
+        to.segments = table_.host_segments(a.segments);
+        to.segment_count = number(std::ssize(a.segments));
+        to.layer = number(a.layer);
+        to.layout = plain(a.layout);
+        to.workspace = memory.data;
+        to.workspace_bytes = bytes;
+        call("expanded_attend", cuda_launch::expanded_attend(to, stream()));
     }
 
     void swiglu(const swiglu_args<matrix>& a) {
+        if (many(a.x)) {
+            feed_forward_many(a.x, {}, {}, a.gate, a.up, a.down, a.out, a.accumulate);
+            return;
+        }
         cuda_launch::experts_args to{};
         to.k = 1;
         feed_forward(to, a.x, a.gate, a.up, a.down, a.out, a.accumulate);
@@ -323,6 +405,10 @@ public:
     }
 
     void experts(const experts_args<matrix>& a) {
+        if (many(a.x)) {
+            feed_forward_many(a.x, a.chosen, a.weights, a.gate, a.up, a.down, a.out, false);
+            return;
+        }
         cuda_launch::experts_args to{};
         to.chosen = a.chosen.data;
         to.weights = a.weights.data;
@@ -341,17 +427,37 @@ public:
         const cuda_launch::route_args route{
             logits.data,       logits.stride[0], a.bias.data,     chosen.data,      weights.data, chosen.stride[0],
             weights.stride[0], number(n),        number(experts), number(a.chosen), a.scale};
-        if (a.router.on_device.type == cuda_launch::layout::f32 && n <= most_rows_at_once) {
+        const bool one_kernel = a.router.on_device.type == cuda_launch::layout::f32 && n < many_rows;
+        const bool codes = one_kernel && quantise(a.x.extent[1]) == 1 && is_integer(a.gate) && is_integer(a.up) &&
+                           (a.shared_gate == nullptr || (is_integer(*a.shared_gate) && is_integer(*a.shared_up)));
+        const index code_bytes = cuda_launch::code_row_bytes(number((a.x.extent[1] + 31) / 32));
+        const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
+        if (one_kernel) {
             call("route", cuda_launch::choose({a.x.data, a.x.stride[0], a.norm.data, a.epsilon, a.router.on_device,
-                                               logits.data, counters(n), route},
+                                               logits.data, codes ? coded.data : nullptr, counters(n), route},
                                               stream()));
         } else {
-            norm_matmul(a.x, a.norm, a.epsilon, {{a.router, logits}});
+            cuda_launch::matvec_args product = input(a.x);  // never rounded: a choice hangs on it
+            product.before = cuda_launch::prologue::rms_norm;
+            product.norm = a.norm.data;
+            product.epsilon = a.epsilon;
+            product.quantise = 0;
+            multiply(product, {{a.router, logits}});
             call("route", cuda_launch::route(route, stream()));
+        }
+        if (many(a.x)) {
+            const auto h = workspace().take<float>(n, a.x.extent[1]);
+            rms_norm({a.x, a.norm, a.epsilon, h});
+            feed_forward_many(h, chosen, weights, a.gate, a.up, a.down, a.x, true);
+            if (a.shared_gate != nullptr) {
+                feed_forward_many(h, {}, {}, *a.shared_gate, *a.shared_up, *a.shared_down, a.x, true);
+            }
+            return;
         }
         cuda_launch::experts_args to{};
         to.norm = a.norm.data;
         to.epsilon = a.epsilon;
+        to.codes = codes ? coded.data : nullptr;
         to.chosen = chosen.data;
         to.weights = weights.data;
         to.chosen_row = chosen.stride[0];
@@ -378,15 +484,78 @@ public:
     }
 
 private:
-    /// Blocks of a split attention: about two for each multiprocessor of a large GPU and group of 32 heads.
+    /// Most blocks of a split attention, for a group of heads.
     static constexpr index attend_blocks = 256;
     static constexpr index exact_splits = 8;
 
-    /// (rows, splits, heads, rank + 2), of which rows * splits are at most attend_blocks.
-    static index partial_floats(index heads, index rank) { return attend_blocks * heads * (rank + 2); }
+    /// (rows, splits, heads, rank + 4), of which rows * splits are at most attend_blocks.
+    static index partial_floats(index heads, index rank) { return attend_blocks * heads * (rank + 4); }
 
-    /// Up to this many rows, the router is one kernel.
-    static constexpr index most_rows_at_once = 256;
+    /// From so many rows on, products are those of matrices.
+    static constexpr index many_rows = 16;
+
+    /// Whether products with these rows are computed on tensor cores, with activations rounded to halves.
+    [[nodiscard]] bool many(view<const float, 2> x) const {
+        return device_->precision() == precision::fast && x.extent[0] >= many_rows && x.extent[1] % 32 == 0 &&
+               x.stride[0] % 4 == 0;
+    }
+
+    void multiply_many(view<const float, 2> x, std::initializer_list<linear<matrix>> products) {
+        const arena::scope scope(workspace());
+        const auto memory = workspace().take<std::byte>(
+            static_cast<index>(cuda_launch::products_bytes(number(x.extent[0]), number(x.extent[1]))));
+        cuda_launch::products_args a{};
+        a.x = x.data;
+        a.x_row = x.stride[0];
+        a.rows = number(x.extent[0]);
+        a.columns = number(x.extent[1]);
+        a.workspace = memory.data;
+        for (auto p = products.begin(); p != products.end();) {
+            for (a.count = 0; p != products.end() && a.count < cuda_launch::matvec_args::most; ++p) {
+                a.list[a.count++] = {p->weight.on_device, p->out.data, p->out.stride[0], 0, p->accumulate ? 1 : 0};
+            }
+            call("matmul", cuda_launch::products(a, stream()));
+        }
+    }
+
+    void feed_forward_many(view<const float, 2> x, view<const std::int32_t, 2> chosen, view<const float, 2> weights,
+                           const matrix& gate, const matrix& up, const matrix& down, view<float, 2> out,
+                           bool accumulate) {
+        const arena::scope scope(workspace());
+        cuda_launch::feed_forward_args a{};
+        a.x = x.data;
+        a.x_row = x.stride[0];
+        a.rows = number(x.extent[0]);
+        if (chosen.data != nullptr) {
+            a.chosen = chosen.data;
+            a.weights = weights.data;
+            a.chosen_row = chosen.stride[0];
+            a.weights_row = weights.stride[0];
+            a.k = number(chosen.extent[1]);
+        }
+        a.gate = gate.on_device;
+        a.up = up.on_device;
+        a.down = down.on_device;
+        a.out = out.data;
+        a.out_row = out.stride[0];
+        a.accumulate = accumulate ? 1 : 0;
+        const int experts = chosen.data != nullptr ? gate.on_device.count : 0;
+        const std::size_t bytes =
+            cuda_launch::feed_forward_bytes(a.rows, a.k, experts, number(x.extent[1]), a.gate.rows);
+        const auto memory = workspace().take<std::byte>(static_cast<index>(bytes));
+        a.workspace = memory.data;
+        call("experts", cuda_launch::feed_forward(a, stream()));
+    }
+
+    /// Workspace of kda_chunk for `rows` rows in segments of 32 or more.
+    static std::size_t chunk_bytes(index rows, index heads, index head_dim) {
+        const int h = number(heads), d = number(head_dim);
+        return std::max(cuda_launch::kda_chunk_bytes(1, h, d, number(std::max<index>(rows, 32))),
+                        cuda_launch::kda_chunk_bytes(number(std::max<index>(rows / 32, 1)), h, d, 32));
+    }
+
+    /// Positions that are expanded to keys and values at once.
+    static int expanded_positions(index length) { return number(std::clamp<index>(length, 256, 4096)); }
 
     /// Zeros on the device that kernels count with and leave as zeros.
     unsigned* counters(index n) {
@@ -412,10 +581,16 @@ private:
         detail::check(cudaSetDevice(device_->ordinal()), "GPU");
         return recordings_.stream();
     }
-    [[nodiscard]] int quantise() const { return device_->precision() == precision::fast ? 1 : 0; }
+    /// Whether kernels multiply these weights with activations of 8 bits.
+    static bool is_integer(const matrix& m) { return m.on_device.type > cuda_launch::layout::q8_0; }
+
+    /// Whether activations of that width may be rounded to 8 bits: low-rank gates and decays are not, nor are heads.
+    [[nodiscard]] int quantise(index columns) const {
+        return device_->precision() == precision::fast && columns > 128 ? 1 : 0;
+    }
 
     static void call(std::string_view operation, cudaError_t result) {
-        if (result == cudaErrorInvalidValue) {
+        if (result == cudaErrorInvalidValue || result == cudaErrorNotSupported) {
             cudaGetLastError();
             throw error(errc::unsupported, operation, "the GPU's kernels do not serve these shapes");
         }
@@ -436,7 +611,7 @@ private:
         a.rows = number(x.extent[0]);
         a.columns = number(x.extent[1]);
         a.heads = 1;
-        a.quantise = quantise();
+        a.quantise = quantise(x.extent[1]);
         return a;
     }
 
@@ -461,7 +636,7 @@ private:
         a.out = out.data;
         a.out_row = out.stride[0];
         a.accumulate = accumulate ? 1 : 0;
-        a.quantise = quantise();
+        a.quantise = quantise(x.extent[1]);
         const bool shared = a.shared_gate.data != nullptr;
         const index units = (std::max(gate.on_device.rows, shared ? a.shared_gate.rows : 0) + 31) / 32;
         const index slots = a.rows * (a.k + (shared ? 1 : 0));

@@ -34,7 +34,7 @@ __global__ void latent_append_kernel(const __grid_constant__ launch::latent_appe
     const int r = a.segments[0].first_row + blockIdx.x;
     const launch::segment& s = segment_of(a.segments, a.segment_count, r);
     float* row = a.rows + r * a.row_stride;
-    const float scale = inverse_rms(row, a.rank, a.epsilon);
+    const float scale = inverse_rms_of(row, a.rank, a.epsilon);
     unsigned char* to = latent_row(a.layout, s, a.layer, s.position + r - s.first_row);
     for (int i = threadIdx.x; i < a.layout.latent_width; i += blockDim.x) {
         const float x = i < a.rank ? row[i] * scale * a.weight[i] : row[i];
@@ -59,6 +59,14 @@ struct split_range {
         count = static_cast<int>(max(0ll, min(each, length - first)));
     }
 };
+
+/// Floats from a head to the next in `partial`: its sum, then maximum and total.
+__host__ __device__ constexpr int attend_pitch(int rank) { return rank + 4; }
+
+/// Where a row's and split's part of `partial` begins.
+__device__ inline long long attend_partial(const launch::latent_attend_args& a, int row, int split) {
+    return (static_cast<long long>(row) * a.splits + split) * a.heads * attend_pitch(a.rank);
+}
 
 inline constexpr int attend_tile = 16, attend_heads = 16, attend_threads = 256, attend_most_rank = 512;
 
@@ -124,43 +132,65 @@ __global__ void __launch_bounds__(attend_threads)
             }
         }
     }
-    float* partial = a.partial + (static_cast<long long>(blockIdx.y) * a.splits + blockIdx.x) * a.heads * (a.rank + 2);
+    float* partial = a.partial + attend_partial(a, blockIdx.y, blockIdx.x);
     if (at == 0 && first_head + head < a.heads) {
-        partial[(first_head + head) * (a.rank + 2) + a.rank] = largest;
-        partial[(first_head + head) * (a.rank + 2) + a.rank + 1] = total;
+        partial[(first_head + head) * attend_pitch(a.rank) + a.rank] = largest;
+        partial[(first_head + head) * attend_pitch(a.rank) + a.rank + 1] = total;
     }
 #pragma unroll
     for (int h = 0; h < attend_heads; ++h) {
         if (first_head + h >= a.heads) continue;
-        float* out = partial + (first_head + h) * (a.rank + 2);
+        float* out = partial + (first_head + h) * attend_pitch(a.rank);
         if (threadIdx.x < a.rank) out[threadIdx.x] = sum[h][0];
         if (threadIdx.x + 256 < a.rank) out[threadIdx.x + 256] = sum[h][1];
     }
 }
 
-/// Joins the splits of a row and head. Grid: (heads, rows).
-__global__ void latent_join_kernel(const __grid_constant__ launch::latent_attend_args a) {
+inline constexpr int join_threads = 512, attend_most_splits = 256;
+
+/// Joins the splits of a row and head; groups of threads take four columns each of every few splits. Grid: (heads,
+/// rows). `tile` is that of the kernel before.
+__global__ void __launch_bounds__(join_threads)
+    latent_join_kernel(const __grid_constant__ launch::latent_attend_args a, const int tile) {
+    __shared__ float weight[attend_most_splits], of_warp[join_threads / warp_size];
+    __shared__ __align__(16) float4 sums[join_threads];
     wait_for_previous();
     const int h = blockIdx.x, r = a.first_row + blockIdx.y;
     const launch::segment& s = segment_of(a.segments, a.segment_count, r);
-    const long long length = s.position + r - s.first_row + 1;
-    const long long distance = static_cast<long long>(a.heads) * (a.rank + 2);
-    const float* partial = a.partial + blockIdx.y * a.splits * distance + h * (a.rank + 2);
-    int splits = a.splits;
-    while (splits > 1 && split_range(length, a.splits, splits - 1, attend_tile).count == 0) --splits;
-    float largest = -INFINITY;
-    for (int i = 0; i < splits; ++i) largest = fmaxf(largest, partial[i * distance + a.rank]);
-    float total = 0;
-    for (int i = 0; i < splits; ++i) {
-        total += expf(partial[i * distance + a.rank] - largest) * partial[i * distance + a.rank + 1];
-    }
-    for (int c = threadIdx.x; c < a.rank; c += blockDim.x) {
-        float sum = 0;
-        for (int i = 0; i < splits; ++i) {
-            sum += expf(partial[i * distance + a.rank] - largest) * partial[i * distance + c];
+    const long long tiles = (s.position + r - s.first_row + tile) / tile, each = (tiles + a.splits - 1) / a.splits;
+    const int splits = static_cast<int>((tiles + each - 1) / each);
+    const float* partial = a.partial + attend_partial(a, blockIdx.y, 0) + h * attend_pitch(a.rank);
+    const long long distance = static_cast<long long>(a.heads) * attend_pitch(a.rank);
+
+    const bool mine = threadIdx.x < splits;
+    const float top = mine ? partial[threadIdx.x * distance + a.rank] : -INFINITY;
+    const float some = mine ? partial[threadIdx.x * distance + a.rank + 1] : 0.0f;
+    float largest = lanes_max(top);
+    if (threadIdx.x % warp_size == 0) of_warp[threadIdx.x / warp_size] = largest;
+    __syncthreads();
+    for (const float x : of_warp) largest = fmaxf(largest, x);
+    const float factor = mine ? expf(top - largest) : 0.0f;
+    if (threadIdx.x < attend_most_splits) weight[threadIdx.x] = factor;
+    const float total = block_sum(factor * some);  // a barrier for weight, too
+
+    const int lanes = a.rank / 4, groups = join_threads / lanes, group = threadIdx.x / lanes;
+    float4 sum{};
+    if (group < groups) {
+#pragma unroll 8
+        for (int i = group; i < splits; i += groups) {
+            const float4 x = *reinterpret_cast<const float4*>(partial + i * distance + threadIdx.x % lanes * 4);
+            sum = {sum.x + weight[i] * x.x, sum.y + weight[i] * x.y, sum.z + weight[i] * x.z, sum.w + weight[i] * x.w};
         }
-        a.out[r * a.out_row + h * a.out_head + c] = sum / total;
     }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (group > 0) return;
+    for (int g = 1; g < groups; ++g) {
+        const float4 x = sums[g * lanes + threadIdx.x];
+        sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+    }
+    float* out = a.out + r * a.out_row + h * a.out_head + threadIdx.x * 4;
+    out[0] = sum.x / total, out[1] = sum.y / total, out[2] = sum.z / total, out[3] = sum.w / total;
 }
 
 }  // namespace keel::cuda_kernels
@@ -169,16 +199,6 @@ namespace keel::cuda_launch {
 
 cudaError_t latent_append(const latent_append_args& a, cudaStream_t stream) {
     return cuda_kernels::start(cuda_kernels::latent_append_kernel, grid_of(a.row_count), 128, 0, stream, a);
-}
-
-cudaError_t latent_attend(const latent_attend_args& a, cudaStream_t stream) {
-    using namespace cuda_kernels;
-    if (a.rank > attend_most_rank) return cudaErrorInvalidValue;
-    const int pitch = a.layout.latent_width + 1;
-    const int bytes = 4 * ((attend_heads + attend_tile) * pitch + attend_heads * attend_tile + attend_heads);
-    const auto e = start(latent_attend_kernel, grid_of(a.splits, a.row_count, ceil_div(a.heads, attend_heads)),
-                         attend_threads, bytes, stream, a);
-    return e != cudaSuccess ? e : start(latent_join_kernel, grid_of(a.heads, a.row_count), 128, 0, stream, a);
 }
 
 }  // namespace keel::cuda_launch

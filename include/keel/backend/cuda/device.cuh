@@ -88,8 +88,27 @@ __device__ inline float silu(float x) { return x * sigmoid(x); }
 
 __device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
+/// Asks for memory to be brought to L2; nothing waits for it. `p` and `bytes` are multiples of 16.
+__device__ inline void prefetch(const unsigned char* p, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#else
+    for (int i = 0; i < bytes; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
+#endif
+}
+
+/// True if both (null or not) can be read 16 bytes at a time.
+__device__ inline bool aligned16(const void* a, const void* b) {
+    return ((reinterpret_cast<unsigned long long>(a) | reinterpret_cast<unsigned long long>(b)) & 15) == 0;
+}
+
+/// Where weights are read from.
+enum class memory { global, shared };
+
 /// 16 bytes of weights, which are read once: they need not stay in L1.
+template <memory From = memory::global>
 __device__ inline uint4 load_weights16(const unsigned char* p) {
+    if constexpr (From == memory::shared) return *reinterpret_cast<const uint4*>(p);
     uint4 v;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -97,12 +116,20 @@ __device__ inline uint4 load_weights16(const unsigned char* p) {
     return v;
 }
 
-template <class T>
+template <class T, memory From = memory::global>
 __device__ inline T load(const unsigned char* p) {
+    if constexpr (From == memory::shared) return *reinterpret_cast<const T*>(p);
     return __ldg(reinterpret_cast<const T*>(p));
 }
 
 __device__ inline float half_bits(unsigned short bits) { return __half2float(__ushort_as_half(bits)); }
+
+/// Copies 16 bytes to shared memory; copies_done() waits for all that this thread began.
+__device__ inline void begin_copy16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from));
+}
+__device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /// Four neighbouring floats from element `i` on; those at `n` and beyond are 0.
 __device__ inline float4 load_four(const float* p, int i, int n) {

@@ -12,7 +12,7 @@ __global__ void rms_norm_kernel(const __grid_constant__ launch::rms_norm_args a)
     wait_for_previous();
     const float* x = a.x + blockIdx.x * a.x_row;
     float* out = a.out + blockIdx.x * a.out_row;
-    const float scale = inverse_rms(x, a.columns, a.epsilon);
+    const float scale = inverse_rms_of(x, a.columns, a.epsilon);
     for (int i = threadIdx.x; i < a.columns; i += blockDim.x) out[i] = x[i] * scale * a.weight[i];
 }
 
@@ -92,6 +92,17 @@ __global__ void gated_norm_kernel(const __grid_constant__ launch::gated_norm_arg
     for (int i = lane; i < a.head_dim; i += warp_size) x[i] = x[i] * scale * a.weight[i] * sigmoid(gate[i]);
 }
 
+/// A warp per row and head.
+__global__ void head_norm_kernel(const __grid_constant__ launch::head_norm_args a) {
+    wait_for_previous();
+    const int at = (blockIdx.x * blockDim.x + threadIdx.x) / warp_size, lane = threadIdx.x % warp_size;
+    if (at >= a.rows * a.heads) return;
+    float sum = 0;
+    for (int s = 0; s < a.slabs; ++s) sum += a.squares[at * a.slabs + s];
+    const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
+    for (int i = lane; i < a.head_dim; i += warp_size) a.x[static_cast<long long>(at) * a.head_dim + i] *= scale;
+}
+
 __global__ void add_kernel(const __grid_constant__ launch::add_args a) {
     wait_for_previous();
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
@@ -132,6 +143,11 @@ cudaError_t kda_gates(const kda_gates_args& a, cudaStream_t stream) {
 
 cudaError_t gated_norm(const gated_norm_args& a, cudaStream_t stream) {
     return cuda_kernels::start(cuda_kernels::gated_norm_kernel, grid_of(cuda_kernels::ceil_div(a.rows * a.heads, 4)),
+                               128, 0, stream, a);
+}
+
+cudaError_t head_norm(const head_norm_args& a, cudaStream_t stream) {
+    return cuda_kernels::start(cuda_kernels::head_norm_kernel, grid_of(cuda_kernels::ceil_div(a.rows * a.heads, 4)),
                                128, 0, stream, a);
 }
 

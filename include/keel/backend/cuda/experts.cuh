@@ -22,19 +22,22 @@ __device__ inline void choose_best(const launch::route_args& a, int r) {
     const int lane = threadIdx.x % warp_size;
     const float* logits = a.logits + r * a.logits_row;
     unsigned key[Each];
+    float share[Each];
 #pragma unroll
     for (int i = 0; i < Each; ++i) {
         const int e = lane + warp_size * i;
-        key[i] = e < a.experts ? max(1u, ordered(sigmoid(__ldcg(logits + e)) + a.bias[e])) : 0;
+        share[i] = e < a.experts ? sigmoid(__ldcg(logits + e)) : 0.0f;
+        key[i] = e < a.experts ? max(1u, ordered(share[i] + a.bias[e])) : 0;
     }
     float total = 0;
     float mine = 0;
     for (int slot = 0; slot < a.k; ++slot) {
         unsigned largest = 0;
         int at = 0;
+        float offer = 0;
 #pragma unroll
         for (int i = 0; i < Each; ++i) {
-            if (key[i] > largest) largest = key[i], at = i;
+            if (key[i] > largest) largest = key[i], at = i, offer = share[i];
         }
         const unsigned winner = __reduce_max_sync(0xFFFFFFFFu, largest);
         const unsigned e =
@@ -43,9 +46,9 @@ __device__ inline void choose_best(const launch::route_args& a, int r) {
         for (int i = 0; i < Each; ++i) {
             if (e == static_cast<unsigned>(lane + warp_size * i)) key[i] = 0;
         }
-        const float share = sigmoid(__ldcg(logits + e));
-        total += share;
-        if (slot == lane) mine = share;
+        offer = __shfl_sync(0xFFFFFFFFu, offer, static_cast<int>(e % warp_size));
+        total += offer;
+        if (slot == lane) mine = offer;
         if (lane == 0) a.chosen[r * a.chosen_row + slot] = static_cast<int>(e);
     }
     if (lane < a.k) a.weights[r * a.weights_row + lane] = mine * (a.scale / fmaxf(total, 0x1p-14f));
@@ -65,31 +68,54 @@ template <int Each>
 __global__ void __launch_bounds__(choose_warps* warp_size)
     choose_kernel(const __grid_constant__ launch::choose_args a) {
     __shared__ bool last;
+    __shared__ float of_warp[choose_warps];
     const int r = blockIdx.y, lane = threadIdx.x % warp_size;
+    const int blocks = a.codes == nullptr ? gridDim.x : gridDim.x - 1;
+    if (blockIdx.x == blocks) {  // one more block than logits need makes the codes
+        const int units = units_of(a.router.columns);
+        const staged to(a.codes + static_cast<long long>(r) * staged::code_bytes(units), units, false);
+        wait_for_previous();
+        stage_weighted(to, units, false, true, a.x + r * a.x_row, a.norm, a.router.columns, of_warp);
+        __syncthreads();
+        const float factor = inverse_rms(of_warp, a.router.columns, a.epsilon);
+        for (int u = threadIdx.x; u < units; u += blockDim.x) {
+            to.marks[u].x = __float_as_int(__int_as_float(to.marks[u].x) * factor);
+        }
+        return;
+    }
     const int e =
         min(static_cast<int>(blockIdx.x) * choose_warps + static_cast<int>(threadIdx.x) / warp_size, a.router.rows - 1);
     const unsigned char* weight = a.router.data + static_cast<long long>(e) * a.router.row_bytes;
     const int columns = a.router.columns;
-    constexpr int ahead = 6, step = 4 * warp_size;
-    uint4 w[ahead];
-#pragma unroll
-    for (int i = 0; i < ahead; ++i) {
-        w[i] = 4 * lane + i * step < columns ? load_weights16(weight + 16 * lane + 4 * i * step) : uint4{};
-    }
+    constexpr int ahead = 9, step = 4 * warp_size;
+    if (lane == 0) prefetch(weight, a.router.row_bytes);
     wait_for_previous();
     const float* x = a.x + r * a.x_row;
     float squares = 0, sum = 0;
-    for (int c = 4 * lane; c < columns; c += ahead * step) {
+    const auto with = [&](auto&& load) {
+        for (int c = 4 * lane; c < columns; c += ahead * step) {
+            uint4 w[ahead];
+            float4 v[ahead], n[ahead];
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) {
-            const int at = c + i * step;
-            const float4 v = load_four(x, at, columns), n = load_four(a.norm, at, columns);
-            squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-            sum += v.x * n.x * __uint_as_float(w[i].x) + v.y * n.y * __uint_as_float(w[i].y) +
-                   v.z * n.z * __uint_as_float(w[i].z) + v.w * n.w * __uint_as_float(w[i].w);
-            const int next = at + ahead * step;
-            w[i] = next < columns ? load_weights16(weight + 4 * next) : uint4{};
+            for (int i = 0; i < ahead; ++i) {
+                const int at = c + i * step;
+                const bool inside = at < columns;
+                w[i] = inside ? load_weights16(weight + 4 * at) : uint4{};
+                v[i] = inside ? load(x, at) : float4{};
+                n[i] = inside ? load(a.norm, at) : float4{};
+            }
+#pragma unroll
+            for (int i = 0; i < ahead; ++i) {
+                squares += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+                sum += v[i].x * n[i].x * __uint_as_float(w[i].x) + v[i].y * n[i].y * __uint_as_float(w[i].y) +
+                       v[i].z * n[i].z * __uint_as_float(w[i].z) + v[i].w * n[i].w * __uint_as_float(w[i].w);
+            }
         }
+    };
+    if (aligned16(x, a.norm) && columns % 4 == 0) {
+        with([&](const float* p, int i) { return *reinterpret_cast<const float4*>(p + i); });
+    } else {
+        with([&](const float* p, int i) { return load_four(p, i, columns); });
     }
     squares = lanes_sum(squares);
     sum = lanes_sum(sum);
@@ -99,7 +125,7 @@ __global__ void __launch_bounds__(choose_warps* warp_size)
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = atomicAdd(a.arrived + r, 1u) == gridDim.x - 1;
+        last = atomicAdd(a.arrived + r, 1u) == blocks - 1;
         if (last) a.arrived[r] = 0;
         __threadfence();
     }
@@ -145,26 +171,32 @@ __global__ void __launch_bounds__(expert_threads, 4)
     __shared__ float made[32];
     const int row = blockIdx.z, unit = blockIdx.x;
     const int units = units_of(a.gate.columns);
+    __shared__ float squares[expert_threads / warp_size];
     wait_for_previous();
     const expert_slot slot(a, row, blockIdx.y);
     if (unit >= units_of(slot.gate->rows)) return;
-    const staged x(memory, units, floats);
-    const float* from = a.x + row * a.x_row;
-    const int columns = a.gate.columns;
-    if (a.norm) {
-        const float scale = inverse_rms(from, columns, a.epsilon);
-        stage(x, units, floats, codes, [&](int i) {
-            const float4 v = load_four(from, i, columns), w = load_four(a.norm, i, columns);
-            return float4{v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
-        });
-    } else {
-        stage(x, units, floats, codes, [&](int i) { return load_four(from, i, columns); });
-    }
-    __syncthreads();
-
     constexpr int lanes = 8;
     const int lane = threadIdx.x % lanes, local = threadIdx.x / lanes;
     const int r = min(32 * unit + local, slot.gate->rows - 1);
+    if (threadIdx.x % warp_size == 0) {
+        const int rows = min(warp_size / lanes, slot.gate->rows - r);
+        prefetch(record(*slot.gate, slot.which, r), rows * slot.gate->row_bytes);
+        prefetch(record(*slot.up, slot.which, r), rows * slot.up->row_bytes);
+    }
+    const staged x(memory, units, floats);
+    const int columns = a.gate.columns;
+    if (a.codes != nullptr) {
+        const uint4* from =
+            reinterpret_cast<const uint4*>(a.codes + static_cast<long long>(row) * staged::code_bytes(units));
+        for (int i = threadIdx.x; i < staged::code_bytes(units) / 16; i += blockDim.x) {
+            reinterpret_cast<uint4*>(x.first)[i] = from[i];
+        }
+    } else {
+        stage_weighted(x, units, floats, codes, a.x + row * a.x_row, a.norm, columns, squares);
+    }
+    __syncthreads();
+    const float factor = a.codes == nullptr && a.norm != nullptr ? inverse_rms(squares, columns, a.epsilon) : 1.0f;
+
     float gate[1] = {}, up[1] = {};
     visit_format(slot.gate->type, [&]<class Format>() {
         row_product<Format, Codes, lanes>(record(*slot.gate, slot.which, r), units, lane, x, 0, gate);
@@ -172,8 +204,15 @@ __global__ void __launch_bounds__(expert_threads, 4)
     visit_format(slot.up->type, [&]<class Format>() {
         row_product<Format, Codes, lanes>(record(*slot.up, slot.which, r), units, lane, x, 0, up);
     });
-    gate[0] = lanes_sum<lanes>(gate[0]);
-    up[0] = lanes_sum<lanes>(up[0]);
+    if (threadIdx.x % warp_size == 0) {  // this block's share of the next kernel's weights
+        constexpr int warps = expert_threads / warp_size;
+        const int shares = units_of(slot.gate->rows) * warps;
+        const int each = ceil_div(slot.down->rows, shares), from = (unit * warps + threadIdx.x / warp_size) * each;
+        const int n = min(each, slot.down->rows - from);
+        if (n > 0) prefetch(record(*slot.down, slot.which, from), n * slot.down->row_bytes);
+    }
+    gate[0] = lanes_sum<lanes>(gate[0]) * factor;
+    up[0] = lanes_sum<lanes>(up[0]) * factor;
     if (lane == 0) made[local] = 32 * unit + local < slot.gate->rows ? silu(gate[0]) * up[0] : 0.0f;
     __syncthreads();
     if (threadIdx.x >= warp_size) return;
@@ -191,45 +230,41 @@ __global__ void __launch_bounds__(expert_threads, 4)
     const int sum = lanes_sum<16>(q);
     const int other = __shfl_xor_sync(0xFFFFFFFFu, sum, 16);
     (i < 16 ? out.first : out.second)[16 * unit + i % 16] = static_cast<signed char>(q);
-    if (i == 0) {
-        out.scale[unit] = largest / 127.0f;
-        out.sums[unit] = (sum & 0xFFFF) | other << 16;
-    }
+    if (i == 0) out.marks[unit] = {__float_as_int(largest * (1 / 127.0f)), (sum & 0xFFFF) | other << 16};
 }
 
-/// Pieces of one output row over several slots with the same matrices, as one stream; lane takes every 32nd.
+/// A lane's part of one output row over several slots with the same matrices. Where a slot is one piece for each lane,
+/// several slots are loaded at once.
 template <class Format, bool Codes>
-__device__ inline float down_product(const launch::matrix& down, int row, int slots, const int* which,
-                                     const float* weight, const unsigned char* memory, int slot_bytes, int lane) {
+__device__ inline float down_product(const launch::matrix& down, int row, int slots, const long long* start,
+                                     const float* weight, unsigned char* memory, int slot_bytes, int lane) {
     const int units = units_of(down.columns), pieces = units * (32 / Format::elements);
+    const unsigned char* record = down.data + static_cast<long long>(row) * down.row_bytes;
+    constexpr bool floats = !(Codes && Format::integer);
     float total = 0;
-    for (int slot = 0, p = lane; slot < slots;) {
-        if (p >= pieces) {
-            p -= pieces, ++slot;
-            continue;
-        }
-        constexpr int ahead = 3;
-        typename Format::piece w[ahead];
-        int piece[ahead], of[ahead];
-        int taken = 0;
+    int slot = 0;
+    if (pieces == warp_size) {
+        constexpr int ahead = sizeof(typename Format::piece) > 32 ? 2 : 4;
+#pragma unroll 1
+        for (; slot + ahead <= slots; slot += ahead) {
+            typename Format::piece w[ahead];
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) {
-            while (slot < slots && p >= pieces) p -= pieces, ++slot;
-            piece[i] = p, of[i] = slot;
-            if (slot < slots) {
-                w[i] = Format::load(record(down, which[slot], row), units, p);
-                ++taken;
-                p += warp_size;
+            for (int i = 0; i < ahead; ++i) w[i] = Format::load(record + start[slot + i], units, lane);
+#pragma unroll
+            for (int i = 0; i < ahead; ++i) {
+                float sum[1] = {};
+                add_products<Format, Codes>(w[i], lane, staged(memory + (slot + i) * slot_bytes, units, floats), 0,
+                                            sum);
+                total += weight[slot + i] * sum[0];
             }
         }
-#pragma unroll
-        for (int i = 0; i < ahead; ++i) {
-            if (i >= taken) continue;
-            const staged x(const_cast<unsigned char*>(memory) + of[i] * slot_bytes, units, !(Codes && Format::integer));
-            float sum[1] = {};
-            add_products<Format, Codes>(w[i], piece[i], x, 0, sum);
-            total += weight[of[i]] * sum[0];
-        }
+    }
+#pragma unroll 1
+    for (; slot < slots; ++slot) {
+        float sum[1] = {};
+        row_product<Format, Codes, warp_size>(record + start[slot], units, lane,
+                                              staged(memory + slot * slot_bytes, units, floats), 0, sum);
+        total += weight[slot] * sum[0];
     }
     return total;
 }
@@ -240,7 +275,7 @@ template <bool Codes>
 __global__ void __launch_bounds__(expert_threads, 4)
     expert_down_kernel(const __grid_constant__ launch::experts_args a, const int widest_units, const int slots) {
     extern __shared__ __align__(16) unsigned char memory[];
-    __shared__ int which[32];
+    __shared__ long long start[32];
     __shared__ float weight[32];
     wait_for_previous();
     const int row = blockIdx.y;
@@ -249,15 +284,24 @@ __global__ void __launch_bounds__(expert_threads, 4)
         return Codes && is_integer(down.type) ? staged::code_bytes(units) : staged::value_bytes(units);
     };
     const int slot_bytes = bytes(a.down), shared_at = a.k * slot_bytes;
-    for (int slot = 0; slot < slots; ++slot) {
-        const uint4* from = reinterpret_cast<const uint4*>(hidden_of(a, slots, widest_units, row, slot));
-        uint4* to = reinterpret_cast<uint4*>(memory + slot * slot_bytes);
-        const int n = (slot < a.k ? slot_bytes : bytes(a.shared_down)) / 16;
-        for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = from[i];
+    // All slots' activations: chunks of 16 bytes, slot after slot, several on the way at once.
+    const int chunks = slot_bytes / 16, end = a.k * chunks + (slots > a.k ? bytes(a.shared_down) / 16 : 0);
+    constexpr int turns = 4;
+    for (int base = threadIdx.x; base < end; base += turns * expert_threads) {
+        uint4 v[turns];
+#pragma unroll
+        for (int t = 0; t < turns; ++t) {
+            const int i = min(base + t * expert_threads, end - 1), slot = min(i / chunks, a.k);
+            v[t] = reinterpret_cast<const uint4*>(hidden_of(a, slots, widest_units, row, slot))[i - slot * chunks];
+        }
+#pragma unroll
+        for (int t = 0; t < turns; ++t) {
+            if (base + t * expert_threads < end) reinterpret_cast<uint4*>(memory)[base + t * expert_threads] = v[t];
+        }
     }
     if (threadIdx.x < a.k) {
         const expert_slot slot(a, row, threadIdx.x);
-        which[threadIdx.x] = slot.which;
+        start[threadIdx.x] = static_cast<long long>(slot.which) * a.down.rows * a.down.row_bytes;
         weight[threadIdx.x] = slot.weight;
     }
     __syncthreads();
@@ -266,10 +310,10 @@ __global__ void __launch_bounds__(expert_threads, 4)
     if (r >= a.down.rows) return;
     float total = 0;
     visit_format(a.down.type, [&]<class Format>() {
-        total = down_product<Format, Codes>(a.down, r, a.k, which, weight, memory, slot_bytes, lane);
+        total = down_product<Format, Codes>(a.down, r, a.k, start, weight, memory, slot_bytes, lane);
     });
     if (slots > a.k) {
-        const int first = 0;
+        const long long first = 0;
         const float one = 1;
         visit_format(a.shared_down.type, [&]<class Format>() {
             total += down_product<Format, Codes>(a.shared_down, r, 1, &first, &one, memory + shared_at, 0, lane);
@@ -296,7 +340,8 @@ cudaError_t choose(const choose_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
     if (a.route.experts > 1024 || a.route.k > warp_size || a.router.type != layout::f32) return cudaErrorInvalidValue;
     return start(a.route.experts <= 256 ? choose_kernel<8> : choose_kernel<32>,
-                 grid_of(ceil_div(a.router.rows, choose_warps), a.route.rows), choose_warps * warp_size, 0, stream, a);
+                 grid_of(ceil_div(a.router.rows, choose_warps) + (a.codes == nullptr ? 0 : 1), a.route.rows),
+                 choose_warps * warp_size, 0, stream, a);
 }
 
 cudaError_t experts(const experts_args& a, cudaStream_t stream) {

@@ -14,8 +14,7 @@ struct staged {
     float* values;
     signed char* first;   // elements 0 to 15 of every unit
     signed char* second;  // elements 16 to 31
-    float* scale;
-    int* sums;  // of the codes: elements 0 to 15 in the low half, 16 to 31 in the high half
+    int2* marks;          // per unit: the scale's bits; the codes' sums, elements 0 to 15 low, 16 to 31 high
 
     __host__ __device__ static constexpr int value_bytes(int units) { return units * 144; }
     __host__ __device__ static constexpr int code_bytes(int units) { return (units * 40 + 15) / 16 * 16; }
@@ -24,10 +23,21 @@ struct staged {
         : values(reinterpret_cast<float*>(memory)),
           first(reinterpret_cast<signed char*>(memory + (floats ? value_bytes(units) : 0))),
           second(first + 16 * units),
-          scale(reinterpret_cast<float*>(second + 16 * units)),
-          sums(reinterpret_cast<int*>(scale + units)) {}
+          marks(reinterpret_cast<int2*>(second + 16 * units)) {}
 
     __device__ static int place(int element) { return element + element / 32 * 4; }
+};
+
+/// What a product of codes is multiplied with, and the sums of the activations' codes.
+struct unit_mark {
+    float scale;
+    int sums;
+
+    __device__ unit_mark(const staged& x, int u) {
+        const int2 mark = x.marks[u];
+        scale = __int_as_float(mark.x);
+        sums = mark.y;
+    }
 };
 
 __device__ inline int low_sum(int sums) { return static_cast<short>(sums & 0xFFFF); }
@@ -49,6 +59,12 @@ __device__ inline int2 dot_codes(const unsigned (&a)[4], const unsigned (&b)[4],
     return sum;
 }
 
+/// sum + four unsigned bytes times four signed ones.
+__device__ inline int dot_unsigned(unsigned a, int b, int sum) {
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(sum));
+    return sum;
+}
+
 /// Code `i` of four words of four signed bytes.
 __device__ inline int code(const unsigned (&words)[4], int i) {
     return static_cast<signed char>(words[i / 4] >> (i % 4 * 8));
@@ -65,7 +81,10 @@ struct format<launch::layout::f32> {
     struct piece {
         uint4 bits;
     };
-    __device__ static piece load(const unsigned char* row, int, int p) { return {load_weights16(row + 16 * p)}; }
+    template <memory From = memory::global>
+    __device__ static piece load(const unsigned char* row, int, int p) {
+        return {load_weights16<From>(row + 16 * p)};
+    }
     __device__ static void decode(const piece& w, float (&out)[elements]) {
         out[0] = __uint_as_float(w.bits.x);
         out[1] = __uint_as_float(w.bits.y);
@@ -81,7 +100,10 @@ struct format<launch::layout::f16> {
     struct piece {
         uint4 bits;
     };
-    __device__ static piece load(const unsigned char* row, int, int p) { return {load_weights16(row + 16 * p)}; }
+    template <memory From = memory::global>
+    __device__ static piece load(const unsigned char* row, int, int p) {
+        return {load_weights16<From>(row + 16 * p)};
+    }
     __device__ static void decode(const piece& w, float (&out)[elements]) {
         const unsigned words[4] = {w.bits.x, w.bits.y, w.bits.z, w.bits.w};
 #pragma unroll
@@ -99,7 +121,10 @@ struct format<launch::layout::bf16> {
     struct piece {
         uint4 bits;
     };
-    __device__ static piece load(const unsigned char* row, int, int p) { return {load_weights16(row + 16 * p)}; }
+    template <memory From = memory::global>
+    __device__ static piece load(const unsigned char* row, int, int p) {
+        return {load_weights16<From>(row + 16 * p)};
+    }
     __device__ static void decode(const piece& w, float (&out)[elements]) {
         const unsigned words[4] = {w.bits.x, w.bits.y, w.bits.z, w.bits.w};
 #pragma unroll
@@ -114,8 +139,9 @@ struct format<launch::layout::bf16> {
 struct byte_codes {
     uint4 first, second;
 
+    template <memory From>
     __device__ static byte_codes load(const unsigned char* codes, int u) {
-        return {load_weights16(codes + 32 * u), load_weights16(codes + 32 * u + 16)};
+        return {load_weights16<From>(codes + 32 * u), load_weights16<From>(codes + 32 * u + 16)};
     }
     __device__ void unpack(unsigned (&a)[4], unsigned (&b)[4]) const {
         a[0] = first.x, a[1] = first.y, a[2] = first.z, a[3] = first.w;
@@ -123,16 +149,18 @@ struct byte_codes {
     }
 };
 
+/// Weights of 8 bits deserve activations of more: they are not multiplied as integers.
 template <>
 struct format<launch::layout::q8_0> {
     static constexpr int elements = 32;
-    static constexpr bool integer = true;
+    static constexpr bool integer = false;
     struct piece {
         byte_codes codes;
         unsigned short scale;
     };
+    template <memory From = memory::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
-        return {byte_codes::load(row, u), cuda_kernels::load<unsigned short>(row + 32 * units + 2 * u)};
+        return {byte_codes::load<From>(row, u), cuda_kernels::load<unsigned short, From>(row + 32 * units + 2 * u)};
     }
     __device__ static void decode(const piece& w, float (&out)[elements]) {
         unsigned a[4], b[4];
@@ -144,12 +172,6 @@ struct format<launch::layout::q8_0> {
             out[i + 16] = scale * static_cast<float>(code(b, i));
         }
     }
-    __device__ static float dot(const piece& w, const staged& x, int u) {
-        unsigned a[4], b[4];
-        w.codes.unpack(a, b);
-        const int2 sum = dot_codes(a, b, x, u);
-        return half_bits(w.scale) * x.scale[u] * static_cast<float>(sum.x + sum.y);
-    }
 };
 
 template <>
@@ -160,8 +182,9 @@ struct format<launch::layout::wide> {
         byte_codes codes;
         uint4 scales;  // scale, minimum of elements 0 to 15, then of 16 to 31
     };
+    template <memory From = memory::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
-        return {byte_codes::load(row, u), load_weights16(row + 32 * units + 16 * u)};
+        return {byte_codes::load<From>(row, u), load_weights16<From>(row + 32 * units + 16 * u)};
     }
     __device__ static void decode(const piece& w, float (&out)[elements]) {
         unsigned a[4], b[4];
@@ -176,8 +199,9 @@ struct format<launch::layout::wide> {
         unsigned a[4], b[4];
         w.codes.unpack(a, b);
         const int2 sum = dot_codes(a, b, x, u);
-        const int ones = x.sums[u];
-        return x.scale[u] * (__uint_as_float(w.scales.x) * static_cast<float>(sum.x) -
+        const unit_mark mark(x, u);
+        const int ones = mark.sums;
+        return mark.scale * (__uint_as_float(w.scales.x) * static_cast<float>(sum.x) -
                              __uint_as_float(w.scales.y) * static_cast<float>(low_sum(ones)) +
                              __uint_as_float(w.scales.z) * static_cast<float>(sum.y) -
                              __uint_as_float(w.scales.w) * static_cast<float>(high_sum(ones)));
@@ -199,9 +223,10 @@ struct scaled_pair {
     unsigned short scales;  // scale low, minimum high
     unsigned factors;       // d low, dmin high
 
+    template <memory From>
     __device__ static scaled_pair load(const unsigned char* scales, int units, int u) {
-        return {cuda_kernels::load<unsigned short>(scales + 2 * u),
-                cuda_kernels::load<unsigned>(scales + 2 * units + u / 8 * 4)};
+        return {cuda_kernels::load<unsigned short, From>(scales + 2 * u),
+                cuda_kernels::load<unsigned, From>(scales + 2 * units + u / 8 * 4)};
     }
     __device__ float scale() const {
         return half_bits(static_cast<unsigned short>(factors)) * static_cast<float>(scales & 255);
@@ -217,11 +242,10 @@ struct scaled_pair {
             out[i + 16] = d * static_cast<float>(code(b, i)) - m;
         }
     }
-    __device__ float dot(const unsigned (&a)[4], const unsigned (&b)[4], const staged& x, int u) const {
-        const int2 sum = dot_codes(a, b, x, u);
-        const int ones = x.sums[u];
-        return x.scale[u] * (scale() * static_cast<float>(sum.x + sum.y) -
-                             minimum() * static_cast<float>(low_sum(ones) + high_sum(ones)));
+    __device__ float dot(int sum, const staged& x, int u) const {
+        const unit_mark mark(x, u);
+        return mark.scale * (scale() * static_cast<float>(sum) -
+                             minimum() * static_cast<float>(low_sum(mark.sums) + high_sum(mark.sums)));
     }
 };
 
@@ -233,8 +257,9 @@ struct format<launch::layout::q4_k> {
         uint4 codes;
         scaled_pair scales;
     };
+    template <memory From = memory::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
-        return {load_weights16(row + 16 * u), scaled_pair::load(row + 16 * units, units, u)};
+        return {load_weights16<From>(row + 16 * u), scaled_pair::load<From>(row + 16 * units, units, u)};
     }
     __device__ static void decode(const piece& w, float (&out)[elements]) {
         unsigned a[4], b[4];
@@ -242,9 +267,15 @@ struct format<launch::layout::q4_k> {
         w.scales.decode(a, b, out);
     }
     __device__ static float dot(const piece& w, const staged& x, int u) {
-        unsigned a[4], b[4];
-        unpack_nibbles(w.codes, a, b);
-        return w.scales.dot(a, b, x, u);
+        const unsigned words[4] = {w.codes.x, w.codes.y, w.codes.z, w.codes.w};
+        const int4 lo = *reinterpret_cast<const int4*>(x.first + 16 * u);
+        const int4 hi = *reinterpret_cast<const int4*>(x.second + 16 * u);
+        int low = 0, high = 0;  // high nibbles stay where they are: 16 times their value, in unsigned bytes
+        low = dot_unsigned(words[0] & 0x0F0F0F0Fu, lo.x, low), high = dot_unsigned(words[0] & 0xF0F0F0F0u, hi.x, high);
+        low = dot_unsigned(words[1] & 0x0F0F0F0Fu, lo.y, low), high = dot_unsigned(words[1] & 0xF0F0F0F0u, hi.y, high);
+        low = dot_unsigned(words[2] & 0x0F0F0F0Fu, lo.z, low), high = dot_unsigned(words[2] & 0xF0F0F0F0u, hi.z, high);
+        low = dot_unsigned(words[3] & 0x0F0F0F0Fu, lo.w, low), high = dot_unsigned(words[3] & 0xF0F0F0F0u, hi.w, high);
+        return w.scales.dot(low + (high >> 4), x, u);
     }
 };
 
@@ -266,9 +297,10 @@ struct format<launch::layout::q5_k> {
             }
         }
     };
+    template <memory From = memory::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
-        return {load_weights16(row + 16 * u), cuda_kernels::load<unsigned>(row + 16 * units + 4 * u),
-                scaled_pair::load(row + 20 * units, units, u)};
+        return {load_weights16<From>(row + 16 * u), cuda_kernels::load<unsigned, From>(row + 16 * units + 4 * u),
+                scaled_pair::load<From>(row + 20 * units, units, u)};
     }
     __device__ static void decode(const piece& w, float (&out)[elements]) {
         unsigned a[4], b[4];
@@ -278,7 +310,8 @@ struct format<launch::layout::q5_k> {
     __device__ static float dot(const piece& w, const staged& x, int u) {
         unsigned a[4], b[4];
         w.unpack(a, b);
-        return w.scales.dot(a, b, x, u);
+        const int2 sum = dot_codes(a, b, x, u);
+        return w.scales.dot(sum.x + sum.y, x, u);
     }
 };
 
@@ -303,10 +336,11 @@ struct format<launch::layout::q6_k> {
         }
         __device__ int scale(int half) const { return static_cast<signed char>(scales >> (8 * half)); }
     };
+    template <memory From = memory::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
-        return {load_weights16(row + 16 * u), cuda_kernels::load<uint2>(row + 16 * units + 8 * u),
-                cuda_kernels::load<unsigned short>(row + 24 * units + 2 * u),
-                cuda_kernels::load<unsigned short>(row + 26 * units + u / 8 * 2)};
+        return {load_weights16<From>(row + 16 * u), cuda_kernels::load<uint2, From>(row + 16 * units + 8 * u),
+                cuda_kernels::load<unsigned short, From>(row + 24 * units + 2 * u),
+                cuda_kernels::load<unsigned short, From>(row + 26 * units + u / 8 * 2)};
     }
     __device__ static void decode(const piece& w, float (&out)[elements]) {
         unsigned a[4], b[4];
@@ -323,9 +357,10 @@ struct format<launch::layout::q6_k> {
         unsigned a[4], b[4];
         w.unpack(a, b);
         const int2 sum = dot_codes(a, b, x, u);
-        const int ones = x.sums[u];
-        const int total = w.scale(0) * (sum.x - 32 * low_sum(ones)) + w.scale(1) * (sum.y - 32 * high_sum(ones));
-        return half_bits(w.factor) * x.scale[u] * static_cast<float>(total);
+        const unit_mark mark(x, u);
+        const int total =
+            w.scale(0) * (sum.x - 32 * low_sum(mark.sums)) + w.scale(1) * (sum.y - 32 * high_sum(mark.sums));
+        return half_bits(w.factor) * mark.scale * static_cast<float>(total);
     }
 };
 
@@ -352,7 +387,7 @@ __device__ inline void visit_format(launch::layout type, F&& f) {
     }
 }
 
-__host__ __device__ constexpr bool is_integer(launch::layout type) { return type >= launch::layout::q8_0; }
+__host__ __device__ constexpr bool is_integer(launch::layout type) { return type > launch::layout::q8_0; }
 
 __host__ __device__ constexpr int units_of(int columns) { return ceil_div(columns, 32); }
 

@@ -28,15 +28,16 @@ struct kda_slab {
 
     /// One token: S <- diag(decay) S; S <- S + k (beta (v - S^T k))^T. Returns S^T q of the columns 4 (t % 8) to + 3.
     /// decay, k, q (D) and v (32 columns) are in shared memory; so is `sums`, (2 + 8, 8 * 8) floats. As
-    /// S^T q after the update is (S^T q before) + delta (k q), one reduction serves both.
-    __device__ float4 step(const float* decay, const float* k, const float* q, const float* v, float beta,
-                           float* sums) {
+    /// S^T q after the update is (S^T q before) + delta (k q), one reduction serves both. k and q are taken times a
+    /// factor each.
+    __device__ float4 step(const float* decay, const float* k, const float* q, const float* v, float beta, float* sums,
+                           float k_factor = 1.0f, float q_factor = 1.0f) {
         const int row = threadIdx.x / 8, column = threadIdx.x % 8, warp = threadIdx.x / warp_size;
         float4 read{}, ask{};
         float along = 0;
 #pragma unroll
         for (int i = 0; i < rows; ++i) {
-            const float d = decay[row + 32 * i], key = k[row + 32 * i], query = q[row + 32 * i];
+            const float d = decay[row + 32 * i], key = k_factor * k[row + 32 * i], query = q_factor * q[row + 32 * i];
             s[i] = {s[i].x * d, s[i].y * d, s[i].z * d, s[i].w * d};
             read = fma4(key, s[i], read);
             ask = fma4(query, s[i], ask);
@@ -65,7 +66,7 @@ struct kda_slab {
         const float4 delta{beta * (value.x - read.x), beta * (value.y - read.y), beta * (value.z - read.z),
                            beta * (value.w - read.w)};
 #pragma unroll
-        for (int i = 0; i < rows; ++i) s[i] = fma4(k[row + 32 * i], delta, s[i]);
+        for (int i = 0; i < rows; ++i) s[i] = fma4(k_factor * k[row + 32 * i], delta, s[i]);
         return fma4(along, delta, ask);
     }
 
@@ -154,10 +155,21 @@ __global__ void __launch_bounds__(256) kda_mix_kernel(const __grid_constant__ la
 #pragma unroll
         for (int j = 0; j <= most_taps; ++j) weight[turn][j] = inside && j <= taps ? w[j] : 0.0f;
     }
+    // The low-rank products' rows of this head: D of the decay, 32 of the gate.
+    extern __shared__ __align__(16) unsigned char rows[];
+    const auto fetch = [&](const launch::matrix& m, int row, int n, unsigned char* to) {
+        const unsigned char* from = m.data + static_cast<long long>(row) * m.row_bytes;
+        for (int i = 16 * threadIdx.x; i < n * m.row_bytes; i += 16 * slab::threads) begin_copy16(to + i, from + i);
+    };
+    unsigned char* const gate_rows = rows + D * a.decay_up.row_bytes;
+    fetch(a.decay_up, h * D, D, rows);
+    fetch(a.gate_up, h * D + first, columns, gate_rows);
+
     const float scale = 1.0f / sqrtf(static_cast<float>(D));
     constexpr int units = ceil_div(D, 32);
     const staged decay_low(low, units, true), gate_low(low + staged::value_bytes(units), units, true);
     wait_for_previous();
+    copies_done();
     __syncthreads();
     if (threadIdx.x == 0) {
         unsigned* arrived = a.arrived + blockIdx.z * gridDim.y + h;
@@ -208,11 +220,11 @@ __global__ void __launch_bounds__(256) kda_mix_kernel(const __grid_constant__ la
             const bool of_gate = i >= D;
             const launch::matrix& up = of_gate ? a.gate_up : a.decay_up;
             const int d = of_gate ? first + i - D : i;
-            const unsigned char* row = up.data + static_cast<long long>(h * D + d) * up.row_bytes;
+            const unsigned char* row = of_gate ? gate_rows + (i - D) * up.row_bytes : rows + i * up.row_bytes;
             float sum[1] = {};
             visit_format(up.type, [&]<class Format>() {
-                row_product<Format, false, lanes>(row, units, threadIdx.x % lanes, of_gate ? gate_low : decay_low, 0,
-                                                  sum);
+                row_product<Format, false, lanes, memory::shared>(row, units, threadIdx.x % lanes,
+                                                                  of_gate ? gate_low : decay_low, 0, sum);
             });
             sum[0] = lanes_sum<lanes>(sum[0]);
             if (threadIdx.x % lanes == 0) {
@@ -224,17 +236,31 @@ __global__ void __launch_bounds__(256) kda_mix_kernel(const __grid_constant__ la
             }
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < D; i += slab::threads) q[i] *= lengths[0], k[i] *= lengths[1];
-        __syncthreads();
-        float4 o = s.step(decay, k, q, v, sigmoid(a.beta[t * a.beta_row + h]), sums);
+        float4 o = s.step(decay, k, q, v, sigmoid(a.beta[t * a.beta_row + h]), sums, lengths[1], lengths[0]);
         if (threadIdx.x < 8) {
             const int c = 4 * threadIdx.x;
             o = {o.x * scale, o.y * scale, o.z * scale, o.w * scale};
             float squares = o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w;
             for (int d = 4; d > 0; d /= 2) squares += __shfl_xor_sync(0xFFu, squares, d);
             if (c == 0) a.squares[(t * gridDim.y + h) * gridDim.x + blockIdx.x] = squares;
-            *reinterpret_cast<float4*>(a.out + t * a.out_row + h * D + first + c) = {
-                o.x * gate[c], o.y * gate[c + 1], o.z * gate[c + 2], o.w * gate[c + 3]};
+            o = {o.x * gate[c], o.y * gate[c + 1], o.z * gate[c + 2], o.w * gate[c + 3]};
+            if (a.codes == nullptr) {
+                *reinterpret_cast<float4*>(a.out + t * a.out_row + h * D + first + c) = o;
+            } else {
+                const int all = static_cast<int>(gridDim.y * gridDim.x), unit = h * gridDim.x + blockIdx.x;
+                const staged to(a.codes + static_cast<long long>(t) * staged::code_bytes(all), all, false);
+                float largest = fmaxf(fmaxf(fabsf(o.x), fabsf(o.y)), fmaxf(fabsf(o.z), fabsf(o.w)));
+                for (int d = 4; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xFFu, largest, d));
+                const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+                const int q0 = __float2int_rn(o.x * inverse), q1 = __float2int_rn(o.y * inverse),
+                          q2 = __float2int_rn(o.z * inverse), q3 = __float2int_rn(o.w * inverse);
+                int sum = q0 + q1 + q2 + q3;
+                for (int d = 2; d > 0; d /= 2) sum += __shfl_xor_sync(0xFFu, sum, d);
+                const int other = __shfl_xor_sync(0xFFu, sum, 4);
+                *reinterpret_cast<int*>((c < 16 ? to.first : to.second) + 16 * unit + c % 16) =
+                    (q0 & 255) | (q1 & 255) << 8 | (q2 & 255) << 16 | q3 << 24;
+                if (c == 0) to.marks[unit] = {__float_as_int(largest * (1 / 127.0f)), (sum & 0xFFFF) | other << 16};
+            }
         }
         __syncthreads();
     }
@@ -277,7 +303,8 @@ cudaError_t kda_mix(const kda_mix_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
     if (a.layout.taps > 4) return cudaErrorInvalidValue;
     const auto with = [&]<int D>() {
-        return start(kda_mix_kernel<D>, grid_of(D / 32, a.layout.heads, a.segment_count), 256, 0, stream, a);
+        const int rows = D * a.decay_up.row_bytes + 32 * a.gate_up.row_bytes;
+        return start(kda_mix_kernel<D>, grid_of(D / 32, a.layout.heads, a.segment_count), 256, rows, stream, a);
     };
     switch (a.layout.head_dim) {
         case 32:

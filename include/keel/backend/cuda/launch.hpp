@@ -72,6 +72,7 @@ enum class prologue : int {
     none,
     rms_norm,   ///< x / rms(x) * weight
     head_norm,  ///< every head of `head_dim` divided by its rms, from sums of squares
+    codes,      ///< the same for activations that are codes of 8 bits already; only with weights of at most 6 bits
 };
 
 /// out = W x or += W x, for several matrices with one input. With heads > 1, every matrix holds that many, and head h
@@ -90,6 +91,8 @@ struct matvec_args {
     prologue before;
     const float* norm;     ///< rms_norm: the weight
     const float* squares;  ///< head_norm: (rows, columns / head_dim, slabs), sums of squares over a slab
+    const unsigned char* codes;
+    long long codes_row;  ///< bytes
     float epsilon;
     int head_dim, slabs;
     int quantise;  ///< 1: integer codes are multiplied with activations rounded to 8 bits
@@ -159,6 +162,9 @@ struct kda_args {
 };
 cudaError_t kda_step(const kda_args&, cudaStream_t);
 
+/// Bytes of a row of activations as codes of 8 bits, of `units` times 32 elements.
+constexpr int code_row_bytes(int units) { return (units * 40 + 15) / 16 * 16; }
+
 /// Everything between the products of a KDA layer, for the formulas see keel::kda_mix_args. `out` is not yet divided by
 /// the rms of its head: `squares`, (rows, heads, head_dim / 32), takes the sums of squares for that.
 struct kda_mix_args {
@@ -167,7 +173,8 @@ struct kda_mix_args {
     matrix decay_up, gate_up;
     const float *taps_q, *taps_k, *taps_v, *a, *dt_bias, *norm;
     float epsilon;
-    float* out;
+    float* out;            ///< or null, and
+    unsigned char* codes;  ///< the same as codes of 8 bits, code_row_bytes() a row
     long long out_row;
     float* squares;
     unsigned* arrived;  ///< (segments, heads), zero before and after
@@ -188,6 +195,16 @@ struct gated_norm_args {
 };
 cudaError_t gated_norm(const gated_norm_args&, cudaStream_t);
 
+/// Divides every head of x, (rows, heads, head_dim) without gaps, by its rms, from sums of squares as kda_mix leaves
+/// them.
+struct head_norm_args {
+    float* x;
+    const float* squares;
+    int rows, heads, head_dim, slabs;
+    float epsilon;
+};
+cudaError_t head_norm(const head_norm_args&, cudaStream_t);
+
 struct latent_append_args {
     float* rows;
     long long row_stride;
@@ -202,13 +219,15 @@ struct latent_append_args {
 cudaError_t latent_append(const latent_append_args&, cudaStream_t);
 
 /// Split over the cache: `splits` blocks of a row each leave a maximum, a sum and a weighted sum in `partial`, which
-/// is (rows, splits, heads, rank + 2) floats; a second kernel joins them.
+/// is (rows, splits, heads, rank + 4) floats; a second kernel joins them. At most 256 splits; rank is
+/// a multiple of 4, at most 512.
 struct latent_attend_args {
     const float *q_latent, *q_position;
     long long latent_row, latent_head, position_row, position_head;
     float* out;
     long long out_row, out_head;
     float scale;
+    int halves;  ///< 1: queries and weights may be rounded to halves
     int heads, rank, layer;
     const segment* segments;
     int segment_count;
@@ -238,8 +257,9 @@ struct choose_args {
     const float* norm;
     float epsilon;
     matrix router;
-    float* logits;      ///< (rows, experts), in between
-    unsigned* arrived;  ///< (rows), zero before and after
+    float* logits;         ///< (rows, experts), in between
+    unsigned char* codes;  ///< if not null: rms_norm(x) as codes of 8 bits, code_row_bytes() a row
+    unsigned* arrived;     ///< (rows), zero before and after
     route_args route;
 };
 cudaError_t choose(const choose_args&, cudaStream_t);
@@ -254,6 +274,7 @@ struct experts_args {
     long long x_row;
     const float* norm;  ///< null: x is the input; else rms_norm(x; norm) is
     float epsilon;
+    const unsigned char* codes;  ///< if not null: the input as codes, where weights have at most 6 bits
     const int* chosen;
     const float* weights;
     long long chosen_row, weights_row;

@@ -10,33 +10,71 @@
 namespace keel::cuda_kernels {
 
 /// Puts a row of activations into shared memory. four(i) returns its elements i to i + 3, zeros behind the end; eight
-/// lanes make a unit.
-template <class F>
+/// lanes make a unit. What four() loads is loaded for several turns before the first is used.
+template <int turns, class F>
 __device__ inline void stage(const staged& x, int units, bool floats, bool codes, F&& four) {
-    for (int i = threadIdx.x; i < ceil_div(units * 8, warp_size) * warp_size; i += blockDim.x) {
-        const int u = i / 8, part = i % 8;
-        const bool inside = u < units;
-        const float4 v = inside ? four(4 * i) : float4{};
-        if (floats && inside) *reinterpret_cast<float4*>(x.values + staged::place(4 * i)) = v;
-        if (!codes) continue;
-        const float largest = lanes_max<8>(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        const int a = __float2int_rn(v.x * inverse), b = __float2int_rn(v.y * inverse),
-                  c = __float2int_rn(v.z * inverse), d = __float2int_rn(v.w * inverse);
-        const int sum = lanes_sum<4>(a + b + c + d);
-        const int other = __shfl_xor_sync(0xFFFFFFFFu, sum, 4);
-        if (!inside) continue;
-        *reinterpret_cast<int*>((part < 4 ? x.first : x.second) + 16 * u + part % 4 * 4) =
-            (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
-        if (part == 0) {
-            x.scale[u] = largest / 127.0f;
-            x.sums[u] = (sum & 0xFFFF) | other << 16;
+    const int end = ceil_div(units * 8, warp_size) * warp_size;
+    for (int base = threadIdx.x; base < end; base += turns * blockDim.x) {
+        float4 of_turn[turns];
+#pragma unroll
+        for (int t = 0; t < turns; ++t) {
+            const int i = base + t * blockDim.x;
+            of_turn[t] = i < units * 8 ? four(4 * i) : float4{};
+        }
+#pragma unroll
+        for (int t = 0; t < turns; ++t) {
+            const int i = base + t * blockDim.x, u = i / 8, part = i % 8;
+            if (i >= end) break;  // for all of a warp
+            const float4 v = of_turn[t];
+            const bool inside = u < units;
+            if (floats && inside) *reinterpret_cast<float4*>(x.values + staged::place(4 * i)) = v;
+            if (!codes) continue;
+            const float largest = lanes_max<8>(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+            const float inverse = largest > 0 ? __fdividef(127.0f, largest) : 0.0f;
+            const int q0 = __float2int_rn(v.x * inverse), q1 = __float2int_rn(v.y * inverse),
+                      q2 = __float2int_rn(v.z * inverse), q3 = __float2int_rn(v.w * inverse);
+            const int sum = lanes_sum<4>(q0 + q1 + q2 + q3);
+            const int other = __shfl_xor_sync(0xFFFFFFFFu, sum, 4);
+            if (!inside) continue;
+            *reinterpret_cast<int*>((part < 4 ? x.first : x.second) + 16 * u + part % 4 * 4) =
+                (q0 & 255) | (q1 & 255) << 8 | (q2 & 255) << 16 | q3 << 24;
+            if (part == 0) x.marks[u] = {__float_as_int(largest * (1 / 127.0f)), (sum & 0xFFFF) | other << 16};
         }
     }
 }
 
+/// Stages x * weight and leaves sums of squares of x, one per warp: products with it have to be multiplied with
+/// inverse_rms(squares) in the end. `weight` null: x alone. All threads; a barrier must follow.
+__device__ inline void stage_weighted(const staged& to, int units, bool floats, bool codes, const float* x,
+                                      const float* weight, int columns, float* squares) {
+    float sum = 0;
+    const auto with = [&]<int turns>(auto&& load) {
+        stage<turns>(to, units, floats, codes, [&](int i) {
+            float4 v = load(x, i);
+            if (weight == nullptr) return v;
+            const float4 w = load(weight, i);
+            sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+            return float4{v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w};
+        });
+    };
+    if (aligned16(x, weight) && columns % 32 == 0) {
+        with.template operator()<3>([&](const float* p, int i) { return *reinterpret_cast<const float4*>(p + i); });
+    } else {
+        with.template operator()<1>([&](const float* p, int i) { return load_four(p, i, columns); });
+    }
+    sum = lanes_sum(sum);
+    if (threadIdx.x % warp_size == 0) squares[threadIdx.x / warp_size] = sum;
+}
+
+/// From the sums of squares of the block's warps, behind a barrier.
+__device__ inline float inverse_rms(const float* squares, int columns, float epsilon) {
+    float sum = 0;
+    for (int w = 0; w < blockDim.x / warp_size; ++w) sum += squares[w];
+    return 1.0f / sqrtf(sum / static_cast<float>(columns) + epsilon);
+}
+
 /// 1 / rms of a row, in all threads.
-__device__ inline float inverse_rms(const float* x, int columns, float epsilon) {
+__device__ inline float inverse_rms_of(const float* x, int columns, float epsilon) {
     float squares = 0;
     for (int i = 4 * threadIdx.x; i < columns; i += 4 * blockDim.x) {
         const float4 v = load_four(x, i, columns);
@@ -55,8 +93,7 @@ __device__ inline void add_products(const typename Format::piece& w, int p, cons
             staged row = x;
             row.first += n * distance;
             row.second += n * distance;
-            row.scale += n * distance / 4;
-            row.sums += n * distance / 4;
+            row.marks += n * distance / 8;
             sum[n] += Format::dot(w, row, p);
         }
     } else {
@@ -79,21 +116,24 @@ __device__ inline void add_products(const typename Format::piece& w, int p, cons
 
 /// A lane's part of the product of one record with N staged rows: pieces lane, lane + Lanes, ...; `ahead` of them are
 /// loaded before the first is used.
-template <class Format, bool Codes, int Lanes, int N>
+template <class Format, bool Codes, int Lanes, memory From = memory::global, int N>
 __device__ inline void row_product(const unsigned char* row, int units, int lane, const staged& x, int distance,
                                    float (&sum)[N]) {
-    constexpr int ahead = N > 2 ? 2 : 4;
+    constexpr int size = sizeof(typename Format::piece);
+    constexpr int ahead = N > 2 || size > 32 ? 2 : Lanes == 8 ? 3 : 4;
     const int pieces = units * (32 / Format::elements);
     int p = lane;
+#pragma unroll 1
     for (; p + (ahead - 1) * Lanes < pieces; p += ahead * Lanes) {
         typename Format::piece w[ahead];
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) w[i] = Format::load(row, units, p + i * Lanes);
+        for (int i = 0; i < ahead; ++i) w[i] = Format::template load<From>(row, units, p + i * Lanes);
 #pragma unroll
         for (int i = 0; i < ahead; ++i) add_products<Format, Codes>(w[i], p + i * Lanes, x, distance, sum);
     }
+#pragma unroll 1
     for (; p < pieces; p += Lanes) {
-        add_products<Format, Codes>(Format::load(row, units, p), p, x, distance, sum);
+        add_products<Format, Codes>(Format::template load<From>(row, units, p), p, x, distance, sum);
     }
 }
 
@@ -108,38 +148,70 @@ __global__ void __launch_bounds__(matvec_threads, N > 4 ? 2 : 4)
     const int distance = (floats ? staged::value_bytes(units) : 0) + (codes ? staged::code_bytes(units) : 0);
     const int first = blockIdx.y * N;
     const int count = min(N, a.rows - first);
+    __shared__ float squares[N][matvec_threads / warp_size];
+    constexpr int rows_at_once = warp_size / Lanes;
+    const int first_group = (blockIdx.x * blockDim.x + threadIdx.x) / warp_size;
+    if (threadIdx.x % warp_size == 0) {  // the warp's rows start on their way from memory
+#pragma unroll 1
+        for (int i = 0, before = 0; i < a.products; ++i) {
+            const launch::matrix& w = a.list[i].weight;
+            const int r = (first_group - before) * rows_at_once;
+            if (r >= 0 && r < w.rows) {
+                prefetch(w.data + (static_cast<long long>(blockIdx.z) * w.rows + r) * w.row_bytes,
+                         min(rows_at_once, w.rows - r) * w.row_bytes);
+            }
+            before += ceil_div(w.rows, rows_at_once);
+        }
+    }
     wait_for_previous();
     for (int n = 0; n < N; ++n) {
         const staged to(memory + n * distance, units, floats);
-        const float* x = a.x + (first + min(n, count - 1)) * a.x_row + blockIdx.z * a.x_head;
-        if (a.before == launch::prologue::rms_norm) {
-            const float scale = inverse_rms(x, a.columns, a.epsilon);
-            stage(to, units, floats, codes, [&](int i) {
-                const float4 v = load_four(x, i, a.columns), w = load_four(a.norm, i, a.columns);
-                return float4{v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
-            });
-        } else if (a.before == launch::prologue::head_norm) {
-            const float* squares = a.squares + (first + min(n, count - 1)) * (a.columns / a.head_dim * a.slabs);
-            stage(to, units, floats, codes, [&](int i) {
+        const int row = first + min(n, count - 1);
+        if (a.before == launch::prologue::codes) {
+            const staged from(const_cast<unsigned char*>(a.codes) + row * a.codes_row, units, false);
+            for (int i = threadIdx.x; i < 2 * units; i += blockDim.x) {
+                reinterpret_cast<uint4*>(to.first)[i] = reinterpret_cast<const uint4*>(from.first)[i];
+            }
+            const float* of_row = a.squares + row * units;
+            for (int u = threadIdx.x; u < units; u += blockDim.x) {
+                const int2 mark = from.marks[u];
                 float sum = 0;
-                for (int s = 0; s < a.slabs; ++s) sum += squares[i / a.head_dim * a.slabs + s];
+                for (int s = 0; s < a.slabs; ++s) sum += of_row[u / a.slabs * a.slabs + s];
                 const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
-                const float4 v = load_four(x, i, a.columns);
+                to.marks[u] = {__float_as_int(__int_as_float(mark.x) * scale), mark.y};
+            }
+            continue;
+        }
+        const float* x = a.x + row * a.x_row + blockIdx.z * a.x_head;
+        if (a.before == launch::prologue::head_norm) {
+            const float* of_row = a.squares + row * (a.columns / a.head_dim * a.slabs);
+            stage<2>(to, units, floats, codes, [&](int i) {
+                float sum = 0;
+#pragma unroll 4
+                for (int s = 0; s < a.slabs; ++s) sum += of_row[i / a.head_dim * a.slabs + s];
+                const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
+                const float4 v = *reinterpret_cast<const float4*>(x + i);  // whole heads of 32 elements or more
                 return float4{v.x * scale, v.y * scale, v.z * scale, v.w * scale};
             });
         } else {
-            stage(to, units, floats, codes, [&](int i) { return load_four(x, i, a.columns); });
+            stage_weighted(to, units, floats, codes, x, a.norm, a.columns, squares[n]);
         }
     }
     __syncthreads();
+    float factor[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        factor[n] = a.before == launch::prologue::rms_norm ? inverse_rms(squares[n], a.columns, a.epsilon) : 1.0f;
+    }
 
-    constexpr int rows_at_once = warp_size / Lanes;
     const staged x(memory, units, floats);
     const int lane = threadIdx.x % Lanes;
-    int group = (blockIdx.x * blockDim.x + threadIdx.x) / warp_size;
+    int group = first_group;
+#pragma unroll 1
     for (int i = 0, before = 0; i < a.products; ++i) {
         const launch::product& product = a.list[i];
         const int groups = ceil_div(product.weight.rows, rows_at_once);
+#pragma unroll 1
         for (; group < before + groups; group += gridDim.x * blockDim.x / warp_size) {
             const int r = (group - before) * rows_at_once + threadIdx.x % warp_size / Lanes;
             const long long record =
@@ -151,7 +223,7 @@ __global__ void __launch_bounds__(matvec_threads, N > 4 ? 2 : 4)
             });
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                sum[n] = lanes_sum<Lanes>(sum[n]);
+                sum[n] = lanes_sum<Lanes>(sum[n]) * factor[n];
                 if (lane != n % Lanes || n >= count || r >= product.weight.rows) continue;
                 float* out = product.out + (first + n) * product.out_row + blockIdx.z * product.out_head + r;
                 *out = product.accumulate ? *out + sum[n] : sum[n];

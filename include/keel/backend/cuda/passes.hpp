@@ -50,15 +50,15 @@ public:
         copy_to(0, b.tokens);
         copy_to(wanted_at_, b.wanted);
         index next = blocks_at;
-        std::vector<cuda_launch::segment> segments;
+        segments_.clear();
         for (const segment& s : b.segments) {
-            segments.push_back({s.position, reinterpret_cast<unsigned char*>(s.recurrent),
-                                reinterpret_cast<unsigned char* const*>(device_.data() + next),
-                                static_cast<int>(s.first_row), static_cast<int>(s.rows)});
+            segments_.push_back({s.position, reinterpret_cast<unsigned char*>(s.recurrent),
+                                 reinterpret_cast<unsigned char* const*>(device_.data() + next),
+                                 static_cast<int>(s.first_row), static_cast<int>(s.rows)});
             copy_to(next, std::span(s.blocks, static_cast<std::size_t>(blocks_of(s))));
             next += blocks_of(s) * static_cast<index>(sizeof(std::byte*));
         }
-        copy_to(segments_at_, std::span<const cuda_launch::segment>(segments));
+        copy_to(segments_at_, std::span<const cuda_launch::segment>(segments_));
         detail::check(cudaMemcpyAsync(device_.data(), host_.data(), static_cast<std::size_t>(bytes),
                                       cudaMemcpyHostToDevice, on_->stream()),
                       "batch");
@@ -78,6 +78,11 @@ public:
     const cuda_launch::segment* segments(std::span<const segment> part) {
         const std::ptrdiff_t first = locate(part, batch_.segments, {{}, part, {}, nullptr});
         return reinterpret_cast<const cuda_launch::segment*>(device_.data() + segments_at_) + first;
+    }
+
+    /// The same segments in host memory, with their block tables on the device.
+    const cuda_launch::segment* host_segments(std::span<const segment> part) {
+        return segments_.data() + locate(part, batch_.segments, {{}, part, {}, nullptr});
     }
 
     /// The batch's arrays are the caller's again.
@@ -114,6 +119,7 @@ private:
     cuda_buffer device_;
     cuda_event copied_;
     batch batch_;
+    std::vector<cuda_launch::segment> segments_;
     index wanted_at_ = 0, segments_at_ = 0;
 };
 

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT
+//
+// Absorbed attention of a row over a latent cache of halves, on tensor cores: a block takes 32 heads and a part of the
+// cache, which it reads once for scores and sums. Products are of halves, sums f32.
+#pragma once
+
+#include <keel/backend/cuda/attention.cuh>
+#include <keel/backend/cuda/mma.cuh>
+
+namespace keel::cuda_kernels {
+
+struct halves_attention {
+    static constexpr int heads = 32, tile = 64, threads = 256, columns_of_warp = 64;
+
+    /// What shared memory holds; rows are padded by 16 bytes against bank conflicts.
+    int width, stages;
+
+    __host__ __device__ int pitch() const { return width + 8; }
+    __host__ __device__ int bytes() const {
+        return 2 * pitch() * (heads + stages * tile) + 4 * heads * (tile + 4) + 2 * heads * (tile + 8) + 4 * heads;
+    }
+
+    /// Whether the kernel serves these shapes.
+    static bool serves(const launch::latent_attend_args& a) {
+        return a.halves && a.layout.half && a.rank % columns_of_warp == 0 && a.rank <= 8 * columns_of_warp &&
+               a.layout.latent_width % 16 == 0;
+    }
+};
+
+/// Grid: (splits, rows, groups of 32 heads).
+__global__ void __launch_bounds__(halves_attention::threads, 1)
+    attend_halves_kernel(const __grid_constant__ launch::latent_attend_args a, const halves_attention shape) {
+    using namespace cuda_launch::detail;
+    constexpr int heads = halves_attention::heads, tile = halves_attention::tile, threads = halves_attention::threads;
+    constexpr int score_pitch = tile + 4, weight_pitch = tile + 8;
+    extern __shared__ __align__(16) unsigned char memory[];
+    const int width = shape.width, pitch = shape.pitch();
+    __half* const q = reinterpret_cast<__half*>(memory);                                  // (heads, pitch)
+    __half* const cache = q + heads * pitch;                                              // (stages, tile, pitch)
+    float* const scores = reinterpret_cast<float*>(cache + shape.stages * tile * pitch);  // (heads, score_pitch)
+    __half* const weights = reinterpret_cast<__half*>(scores + heads * score_pitch);      // (heads, weight_pitch)
+    float* const shrinks = reinterpret_cast<float*>(weights + heads * weight_pitch);      // (heads)
+
+    wait_for_previous();
+    const int r = a.first_row + blockIdx.y, first_head = blockIdx.z * heads;
+    const launch::segment& s = segment_of(a.segments, a.segment_count, r);
+    const split_range range(s.position + r - s.first_row + 1, a.splits, blockIdx.x, tile);
+    if (range.count == 0) return;
+
+    // A tile starts at a multiple of its size and so lies in one block of the cache.
+    const auto fetch = [&](int from, int stage) {
+        const unsigned char* rows = latent_row(a.layout, s, a.layer, range.first + from);
+        __half* to = cache + stage * tile * pitch;
+        const int chunks = width / 8;
+        for (int i = threadIdx.x; i < tile * chunks; i += threads) {
+            const int t = i / chunks, c = i % chunks * 8;
+            const bool inside = from + t < range.count;
+            copy_async(to + t * pitch + c, rows + 2 * (inside ? t * width + c : 0), inside ? 16 : 0);
+        }
+        commit_copies();
+    };
+    fetch(0, 0);
+    for (int i = threadIdx.x; i < heads * width; i += threads) {
+        const int h = i / width, c = i % width;
+        float value = 0;
+        if (first_head + h < a.heads) {
+            value = c < a.rank ? a.q_latent[r * a.latent_row + (first_head + h) * a.latent_head + c]
+                               : a.q_position[r * a.position_row + (first_head + h) * a.position_head + c - a.rank];
+        }
+        q[h * pitch + c] = __float2half_rn(value * a.scale);
+    }
+
+    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    const int matrix = lane / 8, line = lane % 8;
+    const int head = threadIdx.x / 8, part = threadIdx.x % 8;  // in the softmax
+    float largest = -INFINITY, total = 0;
+    float sum[2][8][4] = {};  // 32 heads, 64 columns of the warp
+    const int column = warp * halves_attention::columns_of_warp;
+    for (int from = 0, stage = 0; from < range.count; from += tile) {
+        const bool more = from + tile < range.count;
+        if (more && shape.stages == 2) {
+            fetch(from + tile, stage ^ 1);
+            wait_copies<1>();
+        } else {
+            wait_copies<0>();
+        }
+        __syncthreads();
+        const __half* const rows = cache + stage * tile * pitch;
+
+        // Scores: a warp takes 16 heads and 16 positions, even and odd steps in chains of their own.
+        {
+            const int m = warp % 2 * 16, n = warp / 2 * 16;
+            const std::uint32_t left = shared_address(q + (m + matrix % 2 * 8 + line) * pitch + matrix / 2 * 8);
+            const std::uint32_t right = shared_address(rows + (n + matrix / 2 * 8 + line) * pitch + matrix % 2 * 8);
+            float score[2][2][4] = {};
+#pragma unroll 4
+            for (int k = 0; k < width; k += 32) {
+#pragma unroll
+                for (int odd = 0; odd < 2; ++odd) {
+                    if (k + 16 * odd >= width) break;
+                    std::uint32_t x[4], y[4];
+                    load_matrices(x, left + 2 * (k + 16 * odd));
+                    load_matrices(y, right + 2 * (k + 16 * odd));
+                    multiply(score[odd][0], x, y[0], y[1]);
+                    multiply(score[odd][1], x, y[2], y[3]);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float* to = scores + (m + lane / 4) * score_pitch + n + 8 * j + lane % 4 * 2;
+                to[0] = score[0][j][0] + score[1][j][0];
+                to[1] = score[0][j][1] + score[1][j][1];
+                to[8 * score_pitch] = score[0][j][2] + score[1][j][2];
+                to[8 * score_pitch + 1] = score[0][j][3] + score[1][j][3];
+            }
+        }
+        __syncthreads();
+        {
+            float value[tile / 8];
+            float top = largest;
+#pragma unroll
+            for (int i = 0; i < tile / 8; ++i) {
+                const int t = part + 8 * i;
+                value[i] = from + t < range.count ? scores[head * score_pitch + t] : -INFINITY;
+                top = fmaxf(top, value[i]);
+            }
+            top = lanes_max<8>(top);
+            const float shrink = __expf(largest - top);
+            float some = 0;
+#pragma unroll
+            for (int i = 0; i < tile / 8; ++i) {
+                const float w = __expf(value[i] - top);
+                some += w;
+                weights[head * weight_pitch + part + 8 * i] = __float2half_rn(w);
+            }
+            total = total * shrink + lanes_sum<8>(some);
+            largest = top;
+            if (part == 0) shrinks[head] = shrink;
+        }
+        __syncthreads();
+        if (column < a.rank) {
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                const float upper = shrinks[16 * m + lane / 4], lower = shrinks[16 * m + lane / 4 + 8];
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    sum[m][j][0] *= upper, sum[m][j][1] *= upper, sum[m][j][2] *= lower, sum[m][j][3] *= lower;
+                }
+            }
+            const std::uint32_t left =
+                shared_address(weights + (matrix % 2 * 8 + line) * weight_pitch + matrix / 2 * 8);
+            const std::uint32_t right =
+                shared_address(rows + (matrix % 2 * 8 + line) * pitch + column + matrix / 2 * 8);
+#pragma unroll
+            for (int k = 0; k < tile; k += 16) {
+                std::uint32_t x[2][4];
+                load_matrices(x[0], left + 2 * k);
+                load_matrices(x[1], left + 2 * (16 * weight_pitch + k));
+#pragma unroll
+                for (int j = 0; j < 8; j += 2) {
+                    std::uint32_t y[4];
+                    load_transposed(y, right + 2 * (k * pitch + 8 * j));
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        multiply(sum[m][j], x[m], y[0], y[1]);
+                        multiply(sum[m][j + 1], x[m], y[2], y[3]);
+                    }
+                }
+            }
+        }
+        __syncthreads();
+        if (shape.stages == 2) {
+            stage ^= 1;
+        } else if (more) {
+            fetch(from + tile, 0);
+        }
+    }
+
+    float* const partial = a.partial + attend_partial(a, blockIdx.y, blockIdx.x);
+    if (part == 0 && first_head + head < a.heads) {
+        float* to = partial + (first_head + head) * attend_pitch(a.rank) + a.rank;
+        to[0] = largest;
+        to[1] = total;
+    }
+    if (column >= a.rank) return;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int lower = 0; lower < 2; ++lower) {
+            const int h = first_head + 16 * m + 8 * lower + lane / 4;
+            if (h >= a.heads) continue;
+            float* to = partial + h * attend_pitch(a.rank) + column + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                *reinterpret_cast<float2*>(to + 8 * j) = {sum[m][j][2 * lower], sum[m][j][2 * lower + 1]};
+            }
+        }
+    }
+}
+
+}  // namespace keel::cuda_kernels
+
+namespace keel::cuda_launch {
+
+cudaError_t latent_attend(const latent_attend_args& a, cudaStream_t stream) {
+    using namespace cuda_kernels;
+    if (a.rank > attend_most_rank || a.rank % 4 != 0 || a.splits > attend_most_splits) return cudaErrorInvalidValue;
+    int tile = attend_tile;
+    cudaError_t e = cudaSuccess;
+    if (halves_attention::serves(a)) {
+        int device = 0, most = 0;
+        cudaGetDevice(&device);
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        halves_attention shape{a.layout.latent_width, 2};
+        if (shape.bytes() > most) shape.stages = 1;
+        tile = halves_attention::tile;
+        e = start(attend_halves_kernel, grid_of(a.splits, a.row_count, ceil_div(a.heads, halves_attention::heads)),
+                  halves_attention::threads, shape.bytes(), stream, a, shape);
+    } else {
+        const int pitch = a.layout.latent_width + 1;
+        const int bytes = 4 * ((attend_heads + attend_tile) * pitch + attend_heads * attend_tile + attend_heads);
+        e = start(latent_attend_kernel, grid_of(a.splits, a.row_count, ceil_div(a.heads, attend_heads)), attend_threads,
+                  bytes, stream, a);
+    }
+    return e != cudaSuccess
+               ? e
+               : start(latent_join_kernel, grid_of(a.heads, a.row_count), join_threads, 0, stream, a, tile);
+}
+
+}  // namespace keel::cuda_launch
