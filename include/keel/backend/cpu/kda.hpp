@@ -366,6 +366,46 @@ inline void kda_step_part(const kda_part& p, const kda_state& state, const kda_s
     }
 }
 
+/// past <- decay past; answers its products with k and with q.
+struct kda_pair {
+    float with_key, with_query;
+};
+inline kda_pair decay_and_multiply(const float* decay, float* past, const float* k, const float* q, index n) {
+    floats with_key(0.0f), with_query(0.0f);
+    index i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        const floats x = load(decay + i) * load(past + i);
+        store(past + i, x);
+        with_key = fma(x, load(k + i), with_key);
+        with_query = fma(x, load(q + i), with_query);
+    }
+    if (const index rest = n - i; rest > 0) {
+        const floats x = load_first(decay + i, rest) * load_first(past + i, rest);
+        store_first(past + i, x, rest);
+        with_key = fma(x, load_first(k + i, rest), with_key);
+        with_query = fma(x, load_first(q + i, rest), with_query);
+    }
+    return {sum(with_key), sum(with_query)};
+}
+
+/// u_t = beta_t (v_t - (what the state gives) - sum_{i<t} a_ti u_i) in Vectors columns of a slab, from column j on; v
+/// and product are at that slab.
+template <int Vectors, class Load, class Store>
+void kda_solve(const kda_part& p, const kda_scratch& s, index slab, index j, Load load, Store store) {
+    for (index t = 0; t < p.tokens; ++t) {
+        floats rest[Vectors];
+        unroll<Vectors>(
+            [&](auto v) { rest[v] = load(p.v(t) + slab + j + v * lanes) - load(&s.product(t, j + v * lanes)); });
+        const float* const factor = s.key_key[t].data;
+        for (index i = 0; i < t; ++i) {
+            const floats a(-factor[i]);
+            unroll<Vectors>([&](auto v) { rest[v] = fma(a, load(&s.update(i, j + v * lanes)), rest[v]); });
+        }
+        const floats beta(p.beta(t));
+        unroll<Vectors>([&](auto v) { store(&s.update(t, j + v * lanes), beta * rest[v]); });
+    }
+}
+
 /// What a chunk of tokens means to each other: e^{G_t} k_t and e^{G_t} q_t, a_ti and b_ti, e^{G_n - G_i} k_i and
 /// e^{G_n}. No exponent but g itself is ever exponentiated: e^{G_t - G_i} is the product of the decays between i and t,
 /// each at most 1, which neither overflows nor cancels. The scale of the output goes with q.
@@ -391,16 +431,9 @@ inline void kda_chunk_factors(const kda_part& p, const kda_scratch& s) {
             store(query + i, all * (floats(scale) * load(q + i)));
         });
         for (index i = 0; i < t; ++i) {
-            float* const past = s.key[i].data;
-            floats with_key(0.0f), with_query(0.0f);
-            for_lanes(dim, [&](index c, auto load, auto store) {
-                const floats x = load(decay + c) * load(past + c);
-                store(past + c, x);
-                with_key = fma(x, load(k + c), with_key);
-                with_query = fma(x, load(q + c), with_query);
-            });
-            s.key_key(t, i) = sum(with_key);
-            s.query_key(t, i) = scale * sum(with_query);
+            const kda_pair pair = decay_and_multiply(decay, s.key[i].data, k, q, dim);
+            s.key_key(t, i) = pair.with_key;
+            s.query_key(t, i) = scale * pair.with_query;
         }
         s.query_key(t, t) = scale * dot(k, q, dim);
         std::copy_n(k, dim, decay);
@@ -425,13 +458,13 @@ inline void kda_chunk_part(const kda_part& p, const kda_state& state, const kda_
                   .b_step = state.stride,
                   .c = s.product.data,
                   .c_row = kda_columns});
-        for_lanes(columns, [&](index j, auto load, auto store) {
-            for (index t = 0; t < n; ++t) {
-                floats rest = load(p.v(t) + first + j) - load(&s.product(t, j));
-                for (index i = 0; i < t; ++i) rest = fma(floats(-s.key_key(t, i)), load(&s.update(i, j)), rest);
-                store(&s.update(t, j), floats(p.beta(t)) * rest);
-            }
-        });
+        if (columns == kda_columns) {
+            const auto load_all = [](const float* from) { return load(from); };
+            const auto store_all = [](float* to, floats x) { store(to, x); };
+            kda_solve<2>(p, s, first, 0, load_all, store_all);
+        } else {
+            for_lanes(columns, [&](index j, auto load, auto store) { kda_solve<1>(p, s, first, j, load, store); });
+        }
         const small_product among_tokens{.rows = n,
                                          .columns = columns,
                                          .depth = n,
