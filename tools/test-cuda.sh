@@ -25,6 +25,9 @@ check() {  # NAME COMMAND...: one line of the table
 rows=
 check operations "$bin/test_cuda" '~[golden]'
 check golden "$bin/test_cuda" '[golden]'
+for test in "$bin"/cuda_*_test; do
+    if [ -x "$test" ]; then check "$(basename "$test")" "$test"; fi
+done
 if command -v compute-sanitizer >/dev/null; then
     small='norms*,sums*,one small*,convolution*,the router*'
     check memcheck compute-sanitizer --error-exitcode 9 "$bin/test_cuda" "$small"
