@@ -106,6 +106,7 @@ inline double measure_integers(keel::thread_pool& pool) {
             std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         };
         alignas(64) static constexpr shape_of_tiles shape;
+        alignas(64) static constexpr std::int8_t ones[16 * 64] = {1};
         _tile_loadconfig(&shape);
         _tile_zero(0);
         _tile_zero(1);

@@ -192,7 +192,9 @@ void operations_of(const keel::backend_options& options, const operation_sink& s
             const auto out = bench.floats(0, 0, n, hidden);
             std::vector<keel::view<std::int32_t, 2>> sets;
             for (int i = 0; i < 8; ++i) sets.push_back(bench.choices(n, chosen, experts));
-            const double used = n * chosen < experts ? static_cast<double>(n * chosen) : static_cast<double>(experts);
+            // How many experts n rows choose among them, on average.
+            const double missed = std::pow(1 - static_cast<double>(chosen) / experts, static_cast<double>(n));
+            const double used = static_cast<double>(experts) * (1 - missed);
             bench.measure({.name = "experts, " + std::to_string(n) + (n == 1 ? " row" : " rows") + ", down " +
                                    std::string(keel::info(down).name),
                            .bytes = used * weight_bytes,

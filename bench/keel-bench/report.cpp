@@ -168,7 +168,7 @@ void print(const std::string& format, const options& o, const machine& m, const 
                         {"microseconds", 1e6 * op.seconds},
                         {"gb_s", bytes / 1e9},
                         {"share_of_reading", share(bytes, m.most.bytes_per_second)},
-                        {"gop_s", rate / 1e9},
+                        {"gop_s", rate > 0 ? ordered_json(rate / 1e9) : ordered_json()},
                         {"share_of_arithmetic", share(rate, most)}});
     }
     if (format == "json") {
@@ -180,9 +180,9 @@ void print(const std::string& format, const options& o, const machine& m, const 
         print_machine(about);
         std::printf("\n| operation | µs | GB/s | of limit | Gop/s | of limit |\n|---|---:|---:|---:|---:|---:|\n");
         for (const auto& r : rows) {
-            std::printf("| %s | %.0f | %.2f | %s | %.1f | %s |\n", r["operation"].get<std::string>().c_str(),
+            std::printf("| %s | %.0f | %.2f | %s | %s | %s |\n", r["operation"].get<std::string>().c_str(),
                         r["microseconds"].get<double>(), r["gb_s"].get<double>(),
-                        text(r["share_of_reading"], "%.0f %%", 100).c_str(), r["gop_s"].get<double>(),
+                        text(r["share_of_reading"], "%.0f %%", 100).c_str(), text(r["gop_s"], "%.1f").c_str(),
                         text(r["share_of_arithmetic"], "%.0f %%", 100).c_str());
         }
     }
