@@ -56,10 +56,10 @@ TEST_CASE("which tensors may be encoded, and what replaces a type that does not 
     CHECK_FALSE(keel::stays_f32("blk.0.ffn_gate.weight", matrix));
     CHECK_FALSE(keel::stays_f32("blk.0.ssm_beta.weight", matrix));
     CHECK(keel::fitting(dtype::q4_k, 512) == dtype::q4_k);
-    CHECK(keel::fitting(dtype::q4_k, 128) == dtype::q5_0);
-    CHECK(keel::fitting(dtype::q5_k, 128) == dtype::q5_1);
+    CHECK(keel::fitting(dtype::q4_k, 128) == dtype::iq4_nl);
+    CHECK(keel::fitting(dtype::q5_k, 128) == dtype::q5_0);
     CHECK(keel::fitting(dtype::q6_k, 128) == dtype::q8_0);
-    CHECK(keel::fitting(dtype::q2_k, 128) == dtype::q4_0);
+    CHECK(keel::fitting(dtype::q2_k, 128) == dtype::iq4_nl);
     CHECK(keel::fitting(dtype::iq4_xs, 128) == dtype::iq4_nl);
     CHECK(keel::fitting(dtype::q8_0, 72) == dtype::f16);
     CHECK(keel::find_type("bf16") == dtype::bf16);

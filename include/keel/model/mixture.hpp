@@ -31,24 +31,13 @@ inline bool stays_f32(std::string_view name, std::span<const index> dims) {
            name.ends_with("ffn_gate_inp.weight") || name.find("ssm_conv1d") != name.npos;
 }
 
-/// `wanted`, or what takes its place if rows of `columns` elements cannot have it: the type with blocks of 32 that is
-/// no worse, and f16 if there are not even blocks of 32.
+/// `wanted`, or what takes its place if rows of `columns` elements cannot have it: the type with blocks of 32 that
+/// needs about as many bits, and f16 if there are not even blocks of 32.
 inline dtype fitting(dtype wanted, index columns) {
     if (columns % info(wanted).block_elements == 0) return wanted;
     if (columns % 32 != 0) return dtype::f16;
-    switch (wanted) {
-        case dtype::q2_k:
-        case dtype::q3_k:
-            return dtype::q4_0;
-        case dtype::q4_k:
-            return dtype::q5_0;
-        case dtype::q5_k:
-            return dtype::q5_1;
-        case dtype::q6_k:
-            return dtype::q8_0;
-        default:
-            return dtype::iq4_nl;
-    }
+    if (wanted == dtype::q6_k) return dtype::q8_0;
+    return wanted == dtype::q5_k ? dtype::q5_0 : dtype::iq4_nl;
 }
 
 /// The type that a name such as "q4_k" or "BF16" stands for, if keel has it.
@@ -76,7 +65,6 @@ inline bool matches(std::string_view pattern, std::string_view name) {
     return false;
 }
 
-/// A mixture's type for the tensors of one kind, and for those whose rows do not fit it.
 struct mixture_rule {
     std::string_view pattern;
     dtype type;
@@ -89,22 +77,22 @@ struct mixture {
     std::span<const mixture_rule> rules;  // the first that matches decides
 };
 
+// The routed experts are nearly all of the parameters, and a bit taken from each of them costs the least: a token mixes
+// several, and few of them. All that every token passes through gets two bits more. Rows of the embedding are only
+// added up, and K_h is hardly sensitive at all.
 inline constexpr mixture_rule q4_k_m_rules[] = {
-    {"output.weight", dtype::q6_k},
-    {"*.ffn_down*", dtype::q6_k},
+    {"*_exps.weight", dtype::q4_k},
+    {"token_embd.weight", dtype::q5_k},
+    {"*.attn_k_b.weight", dtype::q5_k},
 };
 inline constexpr mixture_rule q5_k_m_rules[] = {
-    {"output.weight", dtype::q6_k},
-    {"*.ffn_down*", dtype::q6_k},
-};
-inline constexpr mixture_rule q6_k_rules[] = {
-    {"output.weight", dtype::q8_0},
+    {"*_exps.weight", dtype::q5_k},
+    {"*.attn_k_b.weight", dtype::q5_k},
 };
 
 inline constexpr mixture mixtures[] = {
-    {"q4_k_m", 15, dtype::q4_k, q4_k_m_rules},
-    {"q5_k_m", 17, dtype::q5_k, q5_k_m_rules},
-    {"q6_k", 18, dtype::q6_k, q6_k_rules},
+    {"q4_k_m", 15, dtype::q6_k, q4_k_m_rules},
+    {"q5_k_m", 17, dtype::q6_k, q5_k_m_rules},
 };
 
 /// general.file_type of plain types.
@@ -128,7 +116,7 @@ struct tensor_type_override {
 /// Chooses the type of each tensor.
 class type_choice {
 public:
-    /// `name` is a mixture (q4_k_m, q5_k_m, q6_k) or a plain type, in any case. Overrides come first, and the first
+    /// `name` is a mixture (q4_k_m, q5_k_m) or a plain type, in any case. Overrides come first, and the first
     /// that matches decides; they do not concern tensors that stay f32. Throws errc::argument for an unknown name.
     explicit type_choice(std::string_view name, std::vector<tensor_type_override> overrides = {})
         : overrides_(std::move(overrides)), used_(overrides_.size()) {
