@@ -2,10 +2,10 @@
 #
 # keel_instruction_sets(<target> <entry> <source>...)
 #
-# Compiles sources of an executable once for each instruction set, to be chosen at run time; the rest of it is
-# compiled for any processor of its kind. <entry> is a pattern for the mangled name of the one
-# function by which each copy is entered; it lives in a namespace called KEEL_ISA. KEEL_INSTRUCTION_SETS is defined in the
-# target as X(name) for each set, best first.
+# Compiles sources of an executable once for each instruction set, to be chosen at run time; the rest of it is compiled
+# as KEEL_NATIVE says: without that option, the executable runs on any processor of its kind. <entry> is a pattern for
+# the mangled name of the one function by which each copy is entered; it lives in a namespace called KEEL_ISA.
+# KEEL_INSTRUCTION_SETS is defined in the target as X(name) for each set, best first.
 #
 # keel's own functions carry the instruction set in their names, but those of the standard library do not, nor those of
 # Eigen and xsimd: of every copy of a template the linker keeps one, and could well keep the AVX-512 one for everybody.
@@ -47,7 +47,7 @@ function(keel_instruction_sets target entry)
         string(APPEND sets "X(${isa})")
         set(copy ${target}_${isa})
         add_library(${copy} OBJECT ${ARGN})
-        set_target_properties(${copy} PROPERTIES KEEL_SEVERAL_SETS ON)
+        set_target_properties(${copy} PROPERTIES KEEL_INSTRUCTION_SET ${isa})
         target_link_libraries(${copy} PRIVATE keel_own)
         # A unique symbol would stay global.
         target_compile_options(${copy} PRIVATE ${KEEL_FLAGS_${isa}} $<$<CXX_COMPILER_ID:GNU>:-fno-gnu-unique>)
@@ -61,5 +61,4 @@ function(keel_instruction_sets target entry)
         target_sources(${target} PRIVATE ${object})
     endforeach()
     target_compile_definitions(${target} PRIVATE KEEL_INSTRUCTION_SETS=${sets})
-    set_target_properties(${target} PROPERTIES KEEL_SEVERAL_SETS ON)
 endfunction()

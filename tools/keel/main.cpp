@@ -61,6 +61,7 @@ void add_encoding(CLI::App& command, Options& options) {
 int main(int argc, char** argv) {
     CLI::App app{"keel: Kimi-Linear models on this machine"};
     app.set_version_flag("--version", KEEL_VERSION);
+    app.footer("KEEL_ISA in the environment chooses an instruction set: portable, avx2, avx512bf16 or amx.");
     app.require_subcommand(1);
 
     tool::generate_options generate;
