@@ -105,9 +105,10 @@ void measure_loading(const bench::runner& runner, std::vector<bench::operation>&
     std::string text;
     while (text.size() < 1'000'000) text += "The river ran past the old mill in 1875, and nobody knew why. ";
     const auto tokenizing = clock_type::now();
-    model->tokens_of(text);
-    operations.push_back(
-        {.name = "tokenize", .seconds = seconds_since(tokenizing), .bytes = static_cast<double>(text.size())});
+    const std::size_t tokens = model->tokens_of(text);
+    operations.push_back({.name = "tokenize to " + std::to_string(tokens) + " tokens",
+                          .seconds = seconds_since(tokenizing),
+                          .bytes = static_cast<double>(text.size())});
 }
 
 void add_common(CLI::App& command, bench::options& options, std::string& format) {
