@@ -52,6 +52,9 @@ public:
         name_added(size);
     }
 
+    checkpoint_vocabulary(const checkpoint_vocabulary&) = delete;  // keys_ refers to document_
+    checkpoint_vocabulary& operator=(const checkpoint_vocabulary&) = delete;
+
     [[nodiscard]] const std::vector<std::string>& tokens() const { return tokens_; }
     [[nodiscard]] const std::vector<std::int32_t>& types() const { return types_; }
     [[nodiscard]] const json_keys& keys() const { return keys_; }
@@ -82,7 +85,9 @@ private:
         const json* const decoder = keys_.find("added_tokens_decoder");
         if (decoder == nullptr) return;
         if (!decoder->is_object()) keys_.fail("added_tokens_decoder", "is not an object");
-        for (const auto& [key, entry] : decoder->as_object()) {
+        for (const json::member& added : decoder->as_object()) {
+            const std::string& key = added.key;
+            const json& entry = added.value;
             const auto refuse = [&](const std::string& what) {
                 keys_.fail("added_tokens_decoder", "has the entry " + key + ", " + what);
             };
