@@ -89,7 +89,7 @@ TEST_CASE("a converted checkpoint is the model that it was made from") {
     const scratch_folder scratch;
     const std::size_t shards = GENERATE(std::size_t{1}, std::size_t{3});
     checkpoint(tiny()).write(scratch / "tiny-f32", shards);
-    const auto paths = convert(scratch / "tiny-f32", scratch / "out.gguf", {.type = "f32"});
+    const auto paths = convert(scratch / "tiny-f32" / "", scratch / "out.gguf", {.type = "f32"});
     REQUIRE(paths.size() == 1);
     const auto made = keel::gguf::open(paths[0]);
     check_tensors(made, [](float x) { return x; });

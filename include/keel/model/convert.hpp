@@ -78,7 +78,8 @@ inline std::vector<std::filesystem::path> convert_checkpoint(const std::filesyst
     const json settings = json::parse_file(settings_file);
     config c = read_checkpoint_config(settings, settings_file);
     std::error_code ignored;
-    c.name = std::filesystem::weakly_canonical(folder, ignored).filename().string();
+    const auto place = std::filesystem::weakly_canonical(folder, ignored);
+    c.name = (place.has_filename() ? place : place.parent_path()).filename().string();  // "folder/" has none
     write_config(writer, c);
     writer.set("general.file_type", types.file_type());
     writer.set("general.quantization_version", std::uint32_t{2});
