@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include <keel/core/instruction_set.hpp>
+#include <keel/backend/cpu/instruction_set.hpp>
 
 #ifndef KEEL_INSTRUCTION_SETS
 #define KEEL_INSTRUCTION_SETS X(KEEL_ISA)
