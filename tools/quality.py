@@ -9,7 +9,6 @@ exact precision, so that only the weights differ. Replaces the tables in the doc
 import argparse
 import json
 import pathlib
-import re
 import subprocess
 import tempfile
 
@@ -88,7 +87,8 @@ for name, table in {"types": types, "kinds": kinds}.items():
     if options.out is None:
         print(text + "\n")
         continue
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-    document = options.out.read_text(encoding="utf-8")
-    options.out.write_text(re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: begin + text + end, document,
-                                  flags=re.S), encoding="utf-8")
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, found, rest = options.out.read_text(encoding="utf-8").partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"{options.out}: has no place between {begin.strip()} and {end}")
+    options.out.write_text(before + begin + text + "\n" + rest[rest.index(end):], encoding="utf-8")
