@@ -77,8 +77,8 @@ struct mixture {
     std::span<const mixture_rule> rules;  // the first that matches decides
 };
 
-// The routed experts are nearly all of the weights and, each for itself, the least sensitive: all that every token passes
-// through gets two bits more. The embedding comes between the two, and K_h is hardly sensitive at all.
+// The routed experts are nearly all of the weights and, each for itself, the least sensitive: all that every token
+// passes through gets two bits more. The embedding comes between the two, and K_h is hardly sensitive at all.
 inline constexpr mixture_rule q4_k_m_rules[] = {
     {"*_exps.weight", dtype::q4_k},
     {"token_embd.weight", dtype::q5_k},
