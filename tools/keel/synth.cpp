@@ -257,7 +257,9 @@ void synth(const synth_options& options) {
     keel::type_choice choice(mixed ? "q4_k" : options.type);
     const keel::config c = preset(options.preset, options.layers);
     const auto type_of = [&](const std::string& name, const keel::tensor_shape& shape) {
-        return mixed && gets_six_bits(c, name) ? keel::dtype::q6_k : choice(name, shape.extent);
+        if (mixed && gets_six_bits(c, name)) return keel::dtype::q6_k;
+        const keel::dtype type = choice(name, shape.extent);
+        return mixed && type == keel::dtype::iq4_nl ? keel::dtype::q5_0 : type;  // llama.cpp's choice for short rows
     };
     keel::gguf_writer writer(options.out);
     keel::write_config(writer, c);
