@@ -10,27 +10,16 @@
 #include <keel/keel.hpp>
 
 #include "catch.hpp"
+#include "throws.hpp"
 
 using keel::errc;
 using keel::token;
+using keel::testing::throws;
 
 namespace {
 
 const std::string tiny = KEEL_TEST_DATA "/models/tiny-f32.gguf";
 const keel::sampler_options greedy{.temperature = 0};
-
-template <class F>
-void throws(errc code, const std::string& word, F&& f) {
-    std::string message = "nothing was thrown";
-    try {
-        f();
-    } catch (const keel::error& e) {
-        CHECK(e.code() == code);
-        message = e.what();
-    }
-    CAPTURE(message, word);
-    CHECK(message.find(word) != std::string::npos);
-}
 
 template <class Session>
 std::vector<token> draw(Session& session, keel::sampler sample, int n) {

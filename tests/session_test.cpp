@@ -17,27 +17,16 @@
 #include <keel/keel.hpp>
 
 #include "catch.hpp"
+#include "throws.hpp"
 
 using keel::errc;
 using keel::token;
+using keel::testing::throws;
 namespace fs = std::filesystem;
 
 namespace {
 
 const std::string tiny = KEEL_TEST_DATA "/models/tiny-f32.gguf";
-
-template <class F>
-void throws(errc code, const std::string& word, F&& f) {
-    std::string message = "nothing was thrown";
-    try {
-        f();
-    } catch (const keel::error& e) {
-        CHECK(e.code() == code);
-        message = e.what();
-    }
-    CAPTURE(message, word);
-    CHECK(message.find(word) != std::string::npos);
-}
 
 std::vector<token> some_tokens(int n, int start = 0) {
     std::vector<token> tokens;
