@@ -3,10 +3,11 @@
 // agents MODEL PROMPT: reads one long prompt once, forks it into eight continuations and draws them all in one batch.
 #include <exception>
 #include <iostream>
-#include <keel/keel.hpp>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include <keel/keel.hpp>
 
 int main(int argc, char** argv) try {
     if (argc != 3) throw std::runtime_error("usage: agents MODEL PROMPT");

@@ -4,11 +4,12 @@
 // back.
 #include <exception>
 #include <iostream>
-#include <keel/keel.hpp>
-#include <keel/text/chat.hpp>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include <keel/keel.hpp>
+#include <keel/text/chat.hpp>
 
 int main(int argc, char** argv) try {
     if (argc != 2) throw std::runtime_error("usage: chat MODEL");

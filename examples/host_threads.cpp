@@ -5,10 +5,11 @@
 #include <exception>
 #include <future>
 #include <iostream>
-#include <keel/keel.hpp>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include <keel/keel.hpp>
 
 int main(int argc, char** argv) try {
     if (argc < 3) throw std::runtime_error("usage: host_threads MODEL PROMPT...");

@@ -21,6 +21,7 @@
 #include <keel/core/progress.hpp>
 #include <keel/core/token.hpp>
 #include <keel/core/view.hpp>
+#include <keel/fwd.hpp>
 #include <keel/io/gguf.hpp>
 #include <keel/io/snapshot.hpp>
 #include <keel/model/config.hpp>
@@ -99,8 +100,10 @@ inline std::uint64_t fingerprint_of(const gguf& file) {
 
 /// A loaded model. Immutable: threads may share it, and so may any number of sessions. A handle: copies refer to the
 /// same model, which lives as long as any engine or session of it.
-template <backend B>
+template <class B>
 class basic_engine {
+    static_assert(backend<B>);
+
 public:
     /// Opens a GGUF file or the first of a split set. Weights are used where the file is mapped, as far as the backend
     /// can. Throws errc::file, errc::format or errc::unsupported, naming the file and the key or tensor;

@@ -23,6 +23,7 @@
 #include <keel/core/progress.hpp>
 #include <keel/core/token.hpp>
 #include <keel/core/view.hpp>
+#include <keel/fwd.hpp>
 #include <keel/io/snapshot.hpp>
 #include <keel/model/executor.hpp>
 #include <keel/model/history.hpp>
@@ -103,8 +104,10 @@ private:
 /// latent cache is shared until one of the two appends to it. One session serves one thread at a time (a second one is
 /// errc::argument); different sessions, also of one engine, may run on different threads. After errc::device or
 /// errc::numeric a session must not go on.
-template <backend B>
+template <class B>
 class basic_session {
+    static_assert(backend<B>);
+
 public:
     /// Appends tokens and runs the model over them. Throws errc::argument for an id outside the vocabulary and
     /// errc::capacity if the context cannot hold them, both before anything happens; errc::cancelled if progress says
@@ -218,7 +221,7 @@ public:
     }
 
 private:
-    template <backend>
+    template <class>
     friend class basic_engine;
 
     /// Tokens that a feed must have for a checkpoint in front of it: a turn, not a token drawn elsewhere.
