@@ -107,7 +107,7 @@ void bench_feed_forward(int n, int k, int experts, int width, keel::dtype type, 
     const device_array<int> chosen_device(chosen);
     const device_array<float> weights_device(std::vector<float>(chosen.size(), 0.3f)), out(x.size());
     const device_array<unsigned char> workspace(launch::feed_forward_bytes(n, k, experts, hidden, width));
-    launch::feed_forward_args args{x.data(), hidden, n};
+    launch::feed_forward_args args{{x.data(), hidden, n}};
     if (experts > 0) args.chosen = chosen_device.data(), args.weights = weights_device.data();
     args.chosen_row = args.weights_row = args.k = k;
     args.gate = gate.matrix, args.up = up.matrix, args.down = down.matrix;

@@ -273,7 +273,7 @@ void test_feed_forward(keel::dtype type, keel::dtype down_type, int n, int k, in
     const device_array<int> chosen_device(chosen);
     device_array<float> out(x.size());
     device_array<unsigned char> workspace(launch::feed_forward_bytes(n, k, experts, hidden, width));
-    launch::feed_forward_args args{x_device.data(), hidden, n};
+    launch::feed_forward_args args{{x_device.data(), hidden, n}};
     if (experts > 0) args.chosen = chosen_device.data(), args.weights = weights_device.data();
     args.chosen_row = args.weights_row = args.k = k;
     args.gate = gate_device.matrix, args.up = up_device.matrix, args.down = down_device.matrix;

@@ -20,10 +20,11 @@
 
 #include <keel/backend/batch.hpp>
 #include <keel/backend/concept.hpp>
+#include <keel/backend/cuda/arguments.hpp>
 #include <keel/backend/cuda/launch.hpp>
-#include <keel/backend/cuda/launch_prefill.hpp>
 #include <keel/backend/cuda/memory.hpp>
 #include <keel/backend/cuda/passes.hpp>
+#include <keel/backend/cuda/prefill.hpp>
 #include <keel/backend/cuda/upload.hpp>
 #include <keel/backend/fused.hpp>
 #include <keel/core/arena.hpp>
@@ -46,7 +47,7 @@ struct cuda_vector {
 
 /// The whole model on a GPU. Weights stay quantised. With precision::fast, products of quantised weights take
 /// activations of 8 bits; everything else is f32 with either precision.
-class cuda {
+class cuda : cuda_arguments {
 public:
     using device = cuda_device;
     using buffer = cuda_buffer;
@@ -78,18 +79,9 @@ public:
         const index widest = (std::max(l.expert_ff, l.columns) + 31) / 32;  // the shared expert may be the widest
         const index hidden = l.rows * (l.chosen + 1) * widest * cuda_launch::hidden_unit_bytes;
         const index partial = partial_floats(l.heads, l.latent_rank) * static_cast<index>(sizeof(float));
-        index many = 0;  // products on tensor cores, one at a time
+        index many = 0;
         if (options.precision == precision::fast) {
-            const int rows = number(l.rows), columns = number(l.columns), heads = number(l.heads);
-            const std::size_t most = std::max(
-                {cuda_launch::products_bytes(rows, columns),
-                 cuda_launch::feed_forward_bytes(rows, number(l.chosen), number(l.experts), columns,
-                                                 number(l.expert_ff)),
-                 cuda_launch::feed_forward_bytes(rows, 1, 0, columns, columns),
-                 chunk_bytes(l.rows, l.heads, l.head_dim),
-                 cuda_launch::expanded_attend_bytes(rows, expanded_positions(l.context), heads, number(l.latent_width),
-                                                    number(l.latent_rank), number(l.mla_key), number(l.mla_value))});
-            many = static_cast<index>(most) + l.rows * l.columns * static_cast<index>(sizeof(float));
+            many = cuda_prefill::scratch_bytes(l) + l.rows * l.columns * static_cast<index>(sizeof(float));
         }
         const index mixed = l.rows * l.heads * (l.head_dim + l.head_dim / 32) * static_cast<index>(sizeof(float));
         const index routed = l.rows * (l.experts + 2 * l.chosen + l.columns / 2) * static_cast<index>(sizeof(float));
@@ -142,7 +134,7 @@ public:
 
     void matmul(view<const float, 2> x, std::initializer_list<linear<matrix>> products) {
         if (many(x)) {
-            multiply_many(x, products);
+            prefill().multiply(x, products);
         } else {
             multiply(input(x), products);
         }
@@ -155,7 +147,7 @@ public:
             const arena::scope scope(workspace());
             const auto normed = workspace().take<float>(x.extent[0], x.extent[1]);
             rms_norm({x, norm, epsilon, normed});
-            multiply_many(normed, products);
+            prefill().multiply(normed, products);
             return;
         }
         cuda_launch::matvec_args a = input(x);
@@ -229,7 +221,7 @@ public:
     void kda_mix(const kda_mix_args<matrix>& a) {
         const arena::scope scope(workspace());
         const index n = a.x.extent[0], slabs = a.layout.head_dim / 32;
-        const bool codes = n < many_rows && quantise(a.layout.channels()) == 1 && is_integer(a.out);
+        const bool codes = n < cuda_prefill::rows_from && quantise(a.layout.channels()) == 1 && is_integer(a.out);
         const index units = a.layout.channels() / 32, code_bytes = cuda_launch::code_row_bytes(number(units));
         const auto out = workspace().take<float>(codes ? 0 : n, a.layout.channels());
         const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
@@ -269,7 +261,7 @@ public:
             call("kda_mix", cuda_launch::head_norm({out.data, squares.data, number(n), number(a.layout.heads),
                                                     number(a.layout.head_dim), number(slabs), a.epsilon},
                                                    stream()));
-            multiply_many(out, {{a.out, a.x, true}});
+            prefill().multiply(out, {{a.out, a.x, true}});
             return;
         }
         cuda_launch::matvec_args project = input(out);
@@ -284,29 +276,7 @@ public:
         multiply(project, {{a.out, a.x, true}});
     }
 
-    void kda_chunk(const kda_args& a) {
-        const arena::scope scope(workspace());
-        index longest = 0;
-        for (const segment& s : a.segments) longest = std::max(longest, s.rows);
-        const index count = std::ssize(a.segments);
-        const std::size_t bytes = chunk_bytes(rows_of(a.segments).count, a.layout.heads, a.layout.head_dim);
-        const auto memory = workspace().take<std::byte>(static_cast<index>(bytes));
-        cuda_launch::kda_chunk_args to{};
-        to.q = {a.q.data, a.q.stride[0], a.q.stride[1]};
-        to.k = {a.k.data, a.k.stride[0], a.k.stride[1]};
-        to.v = {a.v.data, a.v.stride[0], a.v.stride[1]};
-        to.log_decay = {a.log_decay.data, a.log_decay.stride[0], a.log_decay.stride[1]};
-        to.beta = {a.beta.data, a.beta.stride[0], 1};
-        to.out = {a.out.data, a.out.stride[0], a.out.stride[1]};
-        to.segments = table_.segments(a.segments);
-        to.segment_count = number(count);
-        to.longest = number(longest);
-        to.layer = number(a.layer);
-        to.layout = plain(a.layout);
-        to.workspace = memory.data;
-        to.workspace_bytes = bytes;
-        call("kda_chunk", cuda_launch::kda_chunk(to, stream()));
-    }
+    void kda_chunk(const kda_args& a) { prefill().kda_chunk(a, table_.segments(a.segments)); }
 
     void gated_norm(const gated_norm_args& a) {
         call("gated_norm", cuda_launch::gated_norm({a.x.data, a.weight.data, a.gate.data, a.x.stride[0], a.x.stride[1],
@@ -362,40 +332,10 @@ public:
     }
 
     void expanded_attend(const expanded_attend_args<matrix>& a) {
-        const arena::scope scope(workspace());
-        const cuda_launch::matrix &key = a.key_up.on_device, &value = a.value_up.on_device;
-        const auto [first, count] = rows_of(a.segments);
-        const index rows = first + count;  // the kernels count from the batch's first row
-        index length = 0;
-        for (const segment& s : a.segments) length = std::max(length, s.position + s.rows);
-        const std::size_t bytes = cuda_launch::expanded_attend_bytes(
-            number(rows), expanded_positions(length), number(a.q.extent[1]), number(a.layout.latent_width), key.rows,
-            number(a.q.extent[2]), value.rows);
-        const auto memory = workspace().take<std::byte>(static_cast<index>(bytes));
-        cuda_launch::expanded_attend_args to{};
-        to.q = {a.q.data, a.q.stride[0], a.q.stride[1]};
-        to.out = {a.out.data, a.out.stride[0], a.out.stride[1]};
-        to.key_up = key;
-        to.value_up = value;
-        to.scale = a.scale;
-        to.segments = table_.host_segments(a.segments);
-        to.segment_count = number(std::ssize(a.segments));
-        to.layer = number(a.layer);
-        to.layout = plain(a.layout);
-        to.workspace = memory.data;
-        to.workspace_bytes = bytes;
-        call("expanded_attend", cuda_launch::expanded_attend(to, stream()));
+        prefill().expanded_attend(a, table_.host_segments(a.segments));
     }
 
-    void swiglu(const swiglu_args<matrix>& a) {
-        if (many(a.x)) {
-            feed_forward_many(a.x, {}, {}, a.gate, a.up, a.down, a.out, a.accumulate);
-            return;
-        }
-        cuda_launch::experts_args to{};
-        to.k = 1;
-        feed_forward(to, a.x, a.gate, a.up, a.down, a.out, a.accumulate);
-    }
+    void swiglu(const swiglu_args<matrix>& a) { feed_forward(a.x, {network(a)}); }
 
     void route(const route_args& a) {
         call("route", cuda_launch::route({a.logits.data, a.logits.stride[0], a.bias.data, a.chosen.data, a.weights.data,
@@ -405,17 +345,7 @@ public:
     }
 
     void experts(const experts_args<matrix>& a) {
-        if (many(a.x)) {
-            feed_forward_many(a.x, a.chosen, a.weights, a.gate, a.up, a.down, a.out, false);
-            return;
-        }
-        cuda_launch::experts_args to{};
-        to.chosen = a.chosen.data;
-        to.weights = a.weights.data;
-        to.chosen_row = a.chosen.stride[0];
-        to.weights_row = a.weights.stride[0];
-        to.k = number(a.chosen.extent[1]);
-        feed_forward(to, a.x, a.gate, a.up, a.down, a.out, false);
+        feed_forward(a.x, {chosen_networks({a.x, a.gate, a.up, a.down, a.out}, a.chosen, a.weights)});
     }
 
     void moe(const moe_args<matrix>& a) {
@@ -427,7 +357,7 @@ public:
         const cuda_launch::route_args route{
             logits.data,       logits.stride[0], a.bias.data,     chosen.data,      weights.data, chosen.stride[0],
             weights.stride[0], number(n),        number(experts), number(a.chosen), a.scale};
-        const bool one_kernel = a.router.on_device.type == cuda_launch::layout::f32 && n < many_rows;
+        const bool one_kernel = a.router.on_device.type == cuda_launch::layout::f32 && n < cuda_prefill::rows_from;
         const bool codes = one_kernel && quantise(a.x.extent[1]) == 1 && is_integer(a.gate) && is_integer(a.up) &&
                            (a.shared_gate == nullptr || (is_integer(*a.shared_gate) && is_integer(*a.shared_up)));
         const index code_bytes = cuda_launch::code_row_bytes(number((a.x.extent[1] + 31) / 32));
@@ -448,27 +378,20 @@ public:
         if (many(a.x)) {
             const auto h = workspace().take<float>(n, a.x.extent[1]);
             rms_norm({a.x, a.norm, a.epsilon, h});
-            feed_forward_many(h, chosen, weights, a.gate, a.up, a.down, a.x, true);
-            if (a.shared_gate != nullptr) {
-                feed_forward_many(h, {}, {}, *a.shared_gate, *a.shared_up, *a.shared_down, a.x, true);
-            }
+            prefill().feed_forward(chosen_networks({h, a.gate, a.up, a.down, a.x, true}, chosen, weights));
+            if (a.shared_gate != nullptr) swiglu({h, *a.shared_gate, *a.shared_up, *a.shared_down, a.x, true});
             return;
         }
-        cuda_launch::experts_args to{};
+        cuda_launch::experts_args to{chosen_networks({a.x, a.gate, a.up, a.down, a.x, true}, chosen, weights)};
         to.norm = a.norm.data;
         to.epsilon = a.epsilon;
         to.codes = codes ? coded.data : nullptr;
-        to.chosen = chosen.data;
-        to.weights = weights.data;
-        to.chosen_row = chosen.stride[0];
-        to.weights_row = weights.stride[0];
-        to.k = number(a.chosen);
         if (a.shared_gate != nullptr) {
             to.shared_gate = a.shared_gate->on_device;
             to.shared_up = a.shared_up->on_device;
             to.shared_down = a.shared_down->on_device;
         }
-        feed_forward(to, a.x, a.gate, a.up, a.down, a.x, true);
+        experts_of_few(to);
     }
 
     void add(const add_args& a) {
@@ -491,71 +414,11 @@ private:
     /// (rows, splits, heads, rank + 4), of which rows * splits are at most attend_blocks.
     static index partial_floats(index heads, index rank) { return attend_blocks * heads * (rank + 4); }
 
-    /// From so many rows on, products are those of matrices.
-    static constexpr index many_rows = 16;
-
-    /// Whether products with these rows are computed on tensor cores, with activations rounded to halves.
+    /// Whether products with these rows are computed on tensor cores.
     [[nodiscard]] bool many(view<const float, 2> x) const {
-        return device_->precision() == precision::fast && x.extent[0] >= many_rows && x.extent[1] % 32 == 0 &&
-               x.stride[0] % 4 == 0;
+        return device_->precision() == precision::fast && cuda_prefill::serves(x);
     }
-
-    void multiply_many(view<const float, 2> x, std::initializer_list<linear<matrix>> products) {
-        const arena::scope scope(workspace());
-        const auto memory = workspace().take<std::byte>(
-            static_cast<index>(cuda_launch::products_bytes(number(x.extent[0]), number(x.extent[1]))));
-        cuda_launch::products_args a{};
-        a.x = x.data;
-        a.x_row = x.stride[0];
-        a.rows = number(x.extent[0]);
-        a.columns = number(x.extent[1]);
-        a.workspace = memory.data;
-        for (auto p = products.begin(); p != products.end();) {
-            for (a.count = 0; p != products.end() && a.count < cuda_launch::matvec_args::most; ++p) {
-                a.list[a.count++] = {p->weight.on_device, p->out.data, p->out.stride[0], 0, p->accumulate ? 1 : 0};
-            }
-            call("matmul", cuda_launch::products(a, stream()));
-        }
-    }
-
-    void feed_forward_many(view<const float, 2> x, view<const std::int32_t, 2> chosen, view<const float, 2> weights,
-                           const matrix& gate, const matrix& up, const matrix& down, view<float, 2> out,
-                           bool accumulate) {
-        const arena::scope scope(workspace());
-        cuda_launch::feed_forward_args a{};
-        a.x = x.data;
-        a.x_row = x.stride[0];
-        a.rows = number(x.extent[0]);
-        if (chosen.data != nullptr) {
-            a.chosen = chosen.data;
-            a.weights = weights.data;
-            a.chosen_row = chosen.stride[0];
-            a.weights_row = weights.stride[0];
-            a.k = number(chosen.extent[1]);
-        }
-        a.gate = gate.on_device;
-        a.up = up.on_device;
-        a.down = down.on_device;
-        a.out = out.data;
-        a.out_row = out.stride[0];
-        a.accumulate = accumulate ? 1 : 0;
-        const int experts = chosen.data != nullptr ? gate.on_device.count : 0;
-        const std::size_t bytes =
-            cuda_launch::feed_forward_bytes(a.rows, a.k, experts, number(x.extent[1]), a.gate.rows);
-        const auto memory = workspace().take<std::byte>(static_cast<index>(bytes));
-        a.workspace = memory.data;
-        call("experts", cuda_launch::feed_forward(a, stream()));
-    }
-
-    /// Workspace of kda_chunk for `rows` rows in segments of 32 or more.
-    static std::size_t chunk_bytes(index rows, index heads, index head_dim) {
-        const int h = number(heads), d = number(head_dim);
-        return std::max(cuda_launch::kda_chunk_bytes(1, h, d, number(std::max<index>(rows, 32))),
-                        cuda_launch::kda_chunk_bytes(number(std::max<index>(rows / 32, 1)), h, d, 32));
-    }
-
-    /// Positions that are expanded to keys and values at once.
-    static int expanded_positions(index length) { return number(std::clamp<index>(length, 256, 4096)); }
+    [[nodiscard]] cuda_prefill prefill() { return {workspace(), stream()}; }
 
     /// Zeros on the device that kernels count with and leave as zeros.
     unsigned* counters(index n) {
@@ -563,18 +426,6 @@ private:
         return reinterpret_cast<unsigned*>(counters_.data());
     }
     static constexpr index most_counters = 1 << 16;
-
-    static int number(index n) {
-        if (n > std::numeric_limits<int>::max())
-            throw error(errc::capacity, "batch", "too large for the GPU's kernels");
-        return static_cast<int>(n);
-    }
-
-    static cuda_launch::memory plain(const memory_layout& l) {
-        return {number(l.heads),      number(l.head_dim),     number(l.taps),
-                number(l.mla_layers), number(l.latent_width), l.cache == dtype::f16 ? 1 : 0,
-                l.layer_floats()};
-    }
 
     /// Where operations go, for the calling thread as well: kernels start on its current device.
     [[nodiscard]] cudaStream_t stream() const {
@@ -587,14 +438,6 @@ private:
     /// Whether activations of that width may be rounded to 8 bits: low-rank gates and decays are not, nor are heads.
     [[nodiscard]] int quantise(index columns) const {
         return device_->precision() == precision::fast && columns > 128 ? 1 : 0;
-    }
-
-    static void call(std::string_view operation, cudaError_t result) {
-        if (result == cudaErrorInvalidValue || result == cudaErrorNotSupported) {
-            cudaGetLastError();
-            throw error(errc::unsupported, operation, "the GPU's kernels do not serve these shapes");
-        }
-        detail::check(result, operation);
     }
 
     void copy(std::byte* to, const std::byte* from, index bytes, cudaMemcpyKind kind) const {
@@ -616,30 +459,27 @@ private:
     }
 
     void multiply(cuda_launch::matvec_args a, std::initializer_list<linear<matrix>> products) {
-        for (auto p = products.begin(); p != products.end();) {
-            for (a.products = 0; p != products.end() && a.products < cuda_launch::matvec_args::most; ++p) {
-                a.list[a.products++] = {p->weight.on_device, p->out.data, p->out.stride[0], 0, p->accumulate ? 1 : 0};
-            }
+        for_each_list(products, [&](const cuda_launch::product* list, int count) {
+            std::copy_n(list, count, a.list);
+            a.products = count;
             call("matmul", cuda_launch::matvec(a, stream()));
+        });
+    }
+
+    void feed_forward(view<const float, 2> x, const cuda_launch::experts_args& a) {
+        if (many(x)) {
+            prefill().feed_forward(a);
+        } else {
+            experts_of_few(a);
         }
     }
 
-    void feed_forward(cuda_launch::experts_args a, view<const float, 2> x, const matrix& gate, const matrix& up,
-                      const matrix& down, view<float, 2> out, bool accumulate) {
+    void experts_of_few(cuda_launch::experts_args a) {
         const arena::scope scope(workspace());
-        a.x = x.data;
-        a.x_row = x.stride[0];
-        a.rows = number(x.extent[0]);
-        a.gate = gate.on_device;
-        a.up = up.on_device;
-        a.down = down.on_device;
-        a.out = out.data;
-        a.out_row = out.stride[0];
-        a.accumulate = accumulate ? 1 : 0;
-        a.quantise = quantise(x.extent[1]);
+        a.quantise = quantise(a.gate.columns);
         const bool shared = a.shared_gate.data != nullptr;
-        const index units = (std::max(gate.on_device.rows, shared ? a.shared_gate.rows : 0) + 31) / 32;
-        const index slots = a.rows * (a.k + (shared ? 1 : 0));
+        const index units = (std::max(a.gate.rows, shared ? a.shared_gate.rows : 0) + 31) / 32;
+        const index slots = index{a.rows} * (a.k + (shared ? 1 : 0));
         a.hidden = workspace().take<float>(slots * units * (cuda_launch::hidden_unit_bytes / 4)).data;
         call("experts", cuda_launch::experts(a, stream()));
     }

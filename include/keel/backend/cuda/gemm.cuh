@@ -202,7 +202,7 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < 4; ++s) {
-                wgmma(acc[m], a[batch % 2][s], describe(stage + batch % 2 * 1024 + s * 32, eight_bytes));
+                wgmma(acc[m], a[batch % 2][s], stage + batch % 2 * 1024 + s * 32, eight_bytes);
             }
             wgmma_commit();
 #else

@@ -266,26 +266,31 @@ cudaError_t choose(const choose_args&, cudaStream_t);
 
 inline constexpr int hidden_unit_bytes = 144;
 
-/// A gated feed-forward network: k chosen of `gate.count` networks per row (`chosen` null: network 0 with weight 1),
-/// and one more, `shared`, for every row if shared_gate.data is not null. `hidden` takes the activations between the
-/// two kernels: rows * slots * units of the wider network * hidden_unit_bytes.
-struct experts_args {
-    const float* x;
-    long long x_row;
-    const float* norm;  ///< null: x is the input; else rms_norm(x; norm) is
-    float epsilon;
-    const unsigned char* codes;  ///< if not null: the input as codes, where weights have at most 6 bits
-    const int* chosen;
-    const float* weights;
-    long long chosen_row, weights_row;
-    int rows, k;
-    matrix gate, up, down;
-    matrix shared_gate, shared_up, shared_down;
-    float* out;
-    long long out_row;
-    int accumulate;
-    int quantise;
-    float* hidden;
+/// Gated feed-forward networks: out = or += W_down (silu(W_gate x) W_up x), or with `chosen` the sum over k of
+/// gate.count such networks with their weights.
+struct networks {
+    const float* x = nullptr;  ///< (rows, gate.columns)
+    long long x_row = 0;
+    int rows = 0;
+    const int* chosen = nullptr;     ///< (rows, k), or null for one network
+    const float* weights = nullptr;  ///< (rows, k)
+    long long chosen_row = 0, weights_row = 0;
+    int k = 1;
+    matrix gate{}, up{}, down{};
+    float* out = nullptr;
+    long long out_row = 0;
+    int accumulate = 0;
+};
+
+/// Networks for few rows, with one more, `shared`, for every row if shared_gate.data is not null. `hidden` takes the
+/// activations between the two kernels: rows * slots * units of the wider network * hidden_unit_bytes.
+struct experts_args : networks {
+    const float* norm = nullptr;  ///< null: x is the input; else rms_norm(x; norm) is
+    float epsilon = 0;
+    const unsigned char* codes = nullptr;  ///< if not null: the input as codes, where weights have at most 6 bits
+    matrix shared_gate{}, shared_up{}, shared_down{};
+    int quantise = 0;
+    float* hidden = nullptr;
 };
 cudaError_t experts(const experts_args&, cudaStream_t);
 

@@ -53,21 +53,9 @@ struct products_args {
 std::size_t products_bytes(int rows, int columns);
 cudaError_t products(const products_args& args, cudaStream_t stream);
 
-/// A gated feed-forward network of many rows: out = or += W_down (silu(W_gate x) W_up x). With `chosen`, the sum over
-/// k of gate.count networks with their weights instead; the sum is over slots in order, so that it is the same on
-/// every run. `gate` and `up` must have the same type.
-struct feed_forward_args {
-    const float* x = nullptr;  ///< (rows, hidden); hidden even
-    long long x_row = 0;
-    int rows = 0;
-    const int* chosen = nullptr;     ///< (rows, k), or null for one network
-    const float* weights = nullptr;  ///< (rows, k)
-    long long chosen_row = 0, weights_row = 0;
-    int k = 1;
-    matrix gate{}, up{}, down{};
-    float* out = nullptr;
-    long long out_row = 0;
-    int accumulate = 0;
+/// Networks for many rows. The sum over chosen ones is over slots in order, so that it is the same on every run. `gate`
+/// and `up` must have the same type, gate.columns is even.
+struct feed_forward_args : networks {
     void* workspace = nullptr;  ///< feed_forward_bytes(..), on 256 bytes
 };
 /// `experts` is 0 for one network without a choice.
