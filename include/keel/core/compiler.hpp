@@ -28,6 +28,11 @@
 #define KEEL_ISA portable
 #endif
 
+// Intel's matrix unit; a process must ask for it (cpu/amx.hpp), in Linux's way.
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define KEEL_AMX
+#endif
+
 // The name of a macro's value, such as "avx2" for KEEL_TEXT(KEEL_ISA).
 #define KEEL_TEXT_(value) #value
 #define KEEL_TEXT(value) KEEL_TEXT_(value)

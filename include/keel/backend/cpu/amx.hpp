@@ -10,7 +10,7 @@
 #include <keel/core/dtype.hpp>
 #include <keel/core/view.hpp>
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(KEEL_AMX)
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -21,11 +21,21 @@ namespace amx {
 /// Sides of the blocks that products come in: rows and columns of the result, and what is summed over.
 inline constexpr index block = 32;
 
-/// Asks the system to let this process use the matrix unit; false if it does not.
+/// Rows of a tile, and of 64 bytes each.
+inline constexpr index tile_rows = 16;
+
+/// Asks the system, once, to let this process use the matrix unit; false if it does not.
 inline bool permitted() {
     constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+    static const bool answer = syscall(SYS_arch_prctl, request, tile_data) == 0;
+    return answer;
 }
+
+/// GCC does not know that tiles are loaded from memory, and stored to it: what was written before must be there.
+inline void finish_stores() { asm volatile("" : : : "memory"); }
+
+/// 32 floats as bf16.
+inline __m512i halves_of(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
 
 namespace detail {
 
@@ -36,9 +46,6 @@ struct alignas(64) tile_shape {
     unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 inline constexpr tile_shape tiles;
-
-/// GCC does not know either that tiles are loaded from memory: what was written before must be there.
-inline void finish_stores() { asm volatile("" : : : "memory"); }
 
 }  // namespace detail
 
@@ -133,7 +140,7 @@ struct product {
 
 template <bool Accumulate>
 void multiply(const product& p) {
-    detail::finish_stores();
+    finish_stores();
     const index a_row = p.a_row * 2, b_row = p.b_row * 2, c_row = p.c_row * 4;  // in bytes
     for (index j = 0; j < p.columns; j += block) {
         for (index i = 0; i < p.rows; i += block) {

@@ -116,7 +116,7 @@ private:
     const float* query_;
 };
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(KEEL_AMX)
 
 /// The same on the matrix unit, all operands split in two (a row of an f16 cache loses nothing). Where a tile of the
 /// cache ends early, rows and weights are completed with zeros.
@@ -226,7 +226,7 @@ public:
           most_(workspace.take<float>(attention_rows, attention_parts, shape_.lanes)),
           total_(workspace.take<float>(attention_rows, attention_parts, shape_.lanes)),
           memory_(workspace.take<float>(threads, floats_per_thread(shape_))) {
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(KEEL_AMX)
         in_tiles_ = args.layout.cache == dtype::f16 && latent_in_tiles::fits(shape_);
 #endif
     }
@@ -245,7 +245,7 @@ public:
 
     /// Row `r` over its positions of part `part`. An f32 cache promises the accuracy of f32 products.
     void attend(const query& q, index r, index part, int thread) const {
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(KEEL_AMX)
         if (in_tiles_ && q.visible >= matrix_unit_from) return attend_with<latent_in_tiles>(q, r, part, thread);
 #endif
         attend_with<latent_in_vectors>(q, r, part, thread);
@@ -278,7 +278,7 @@ public:
 private:
     static index floats_per_thread(const latent_shape& s) {
         index products = latent_in_vectors::floats_for(s);
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(KEEL_AMX)
         products = std::max(products, latent_in_tiles::floats_for(s));
 #endif
         return attention_tile * (s.width + s.lanes) + s.lanes + products;

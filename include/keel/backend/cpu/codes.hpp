@@ -6,6 +6,7 @@
 //
 // codes<Block> has, for 8 parts of 32 columns each:
 //   group          columns that share a scale (and a min): 16 or 32
+//   bits           of a code
 //   is_signed      whether codes are signed bytes; then offset is 0
 //   offset         of all codes of the type
 //   has_min
@@ -63,6 +64,7 @@ struct codes;
 
 template <>
 struct codes<block_q8_0> : codes_of_32<block_q8_0> {
+    static constexpr int bits = 8;
     static constexpr bool is_signed = true;
 
     template <int P>
@@ -73,6 +75,7 @@ struct codes<block_q8_0> : codes_of_32<block_q8_0> {
 
 template <>
 struct codes<block_q4_0> : codes_of_32<block_q4_0> {
+    static constexpr int bits = 4;
     static constexpr int offset = 8;
 
     template <int P>
@@ -83,6 +86,7 @@ struct codes<block_q4_0> : codes_of_32<block_q4_0> {
 
 template <>
 struct codes<block_q4_1> : codes_of_32<block_q4_1> {
+    static constexpr int bits = 4;
     static constexpr bool has_min = true;
 
     template <int P>
@@ -93,6 +97,7 @@ struct codes<block_q4_1> : codes_of_32<block_q4_1> {
 
 template <>
 struct codes<block_q5_0> : codes_of_32<block_q5_0> {
+    static constexpr int bits = 5;
     static constexpr int offset = 16;
 
     template <int P>
@@ -103,6 +108,7 @@ struct codes<block_q5_0> : codes_of_32<block_q5_0> {
 
 template <>
 struct codes<block_q5_1> : codes_of_32<block_q5_1> {
+    static constexpr int bits = 5;
     static constexpr bool has_min = true;
 
     template <int P>
@@ -113,6 +119,7 @@ struct codes<block_q5_1> : codes_of_32<block_q5_1> {
 
 template <>
 struct codes<block_iq4_nl> : codes_of_32<block_iq4_nl> {
+    static constexpr int bits = 8;
     static constexpr bool is_signed = true;
 
     template <int P>
@@ -123,6 +130,7 @@ struct codes<block_iq4_nl> : codes_of_32<block_iq4_nl> {
 
 template <>
 struct codes<block_mxfp4> : codes_of_32<block_mxfp4> {
+    static constexpr int bits = 8;
     static constexpr bool is_signed = true;
 
     template <int P>
@@ -162,6 +170,7 @@ struct codes_with_packed_scales {
 
 template <>
 struct codes<block_q4_k> : codes_with_packed_scales<block_q4_k> {
+    static constexpr int bits = 4;
     template <int P>
     static simd::bytes32 part(const block_q4_k* b) {
         return simd::field<P % 2 * 4, 15>(simd::load_bytes(b->qs + P / 2 * 32));
@@ -170,6 +179,7 @@ struct codes<block_q4_k> : codes_with_packed_scales<block_q4_k> {
 
 template <>
 struct codes<block_q5_k> : codes_with_packed_scales<block_q5_k> {
+    static constexpr int bits = 5;
     template <int P>
     static simd::bytes32 part(const block_q5_k* b) {
         return simd::join<P % 2 * 4, 15, P - 4, 16>(simd::load_bytes(b->qs + P / 2 * 32), simd::load_bytes(b->qh));
@@ -178,7 +188,7 @@ struct codes<block_q5_k> : codes_with_packed_scales<block_q5_k> {
 
 template <>
 struct codes<block_q2_k> {
-    static constexpr int group = 16, offset = 0;
+    static constexpr int group = 16, offset = 0, bits = 2;
     static constexpr bool is_signed = false, has_min = true;
 
     template <int P>
@@ -199,7 +209,7 @@ struct codes<block_q2_k> {
 
 template <>
 struct codes<block_q3_k> {
-    static constexpr int group = 16, offset = 4;
+    static constexpr int group = 16, offset = 4, bits = 3;
     static constexpr bool is_signed = false, has_min = false;
 
     template <int P>
@@ -225,7 +235,7 @@ struct codes<block_q3_k> {
 
 template <>
 struct codes<block_q6_k> {
-    static constexpr int group = 16, offset = 32;
+    static constexpr int group = 16, offset = 32, bits = 6;
     static constexpr bool is_signed = false, has_min = false;
 
     template <int P>
@@ -241,7 +251,7 @@ struct codes<block_q6_k> {
 
 template <>
 struct codes<block_iq4_xs> {
-    static constexpr int group = 32, offset = 0;
+    static constexpr int group = 32, offset = 0, bits = 8;
     static constexpr bool is_signed = true, has_min = false;
 
     template <int P>

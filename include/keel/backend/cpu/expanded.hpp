@@ -118,7 +118,7 @@ private:
     const float* latents_ = nullptr;
 };
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(KEEL_AMX)
 
 /// The same on the matrix unit, all operands split in two.
 class expanded_in_tiles {
@@ -355,7 +355,7 @@ inline index expanded_attend_scratch_bytes(const workspace_limits& limits, int t
     const simd::expanded_shape shape{limits.latent_rank, limits.mla_key - position, position, limits.mla_value,
                                      limits.rows};
     index floats = simd::expanded_attention<simd::expanded_in_vectors>::floats_per_thread(shape);
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(KEEL_AMX)
     floats = std::max(floats, simd::expanded_attention<simd::expanded_in_tiles>::floats_per_thread(shape));
 #endif
     return threads * floats * static_cast<index>(sizeof(float)) + arena::alignment;
@@ -367,7 +367,7 @@ void expanded_attend(const expanded_attend_args<Matrix>& a, thread_pool& pool, a
     const index own = a.key_up.columns;
     for (const segment& s : a.segments) {
         const simd::expanded_shape shape{a.value_up.columns, own, a.q.extent[2] - own, a.value_up.rows, s.rows};
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(KEEL_AMX)
         if (simd::expanded_in_tiles::fits(shape)) {
             simd::expanded_attend_segment<simd::expanded_in_tiles>(a, s, shape, pool, workspace);
             continue;

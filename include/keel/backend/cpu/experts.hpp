@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <span>
 
 #include <keel/backend/concept.hpp>
@@ -41,22 +42,34 @@ struct expert_rows {
     bool accumulate;  // add to what `out` holds
 };
 
-/// Takes the bytes of one of the activations of each task, and fills them.
-inline void quantise_tasks(view<expert_task, 1> tasks, activations expert_task::*member, index columns,
-                           thread_pool& pool, arena& memory) {
+/// Rounds one of the activations of each task, if the weights that it is multiplied with want that.
+inline void round_tasks(view<expert_task, 1> tasks, activations expert_task::*member,
+                        std::initializer_list<matrix_view> weights, precision wanted, thread_pool& pool,
+                        arena& memory) {
     const activations& any = tasks[0].*member;
-    const expert_task& last = tasks[tasks.extent[0] - 1];
-    const index rows = last.first + last.in.count;
-    // Few rows of one token's experts are the same row: quantised once.
-    const bool shared = any.source != nullptr && std::any_of(tasks.data, tasks.data + tasks.extent[0],
-                                                             [](const expert_task& task) { return task.in.few(); });
+    const index columns = any.x.extent[1];
+    const auto as = [&](const activations& in) {
+        auto most = operand::floats;
+        for (const matrix_view& w : weights) most = std::max(most, operand_of(wanted, w, in.count));
+        return most;
+    };
+    // Few rows of one token's experts are the same row: rounded once.
+    const auto is_shared = [&](const activations& in) {
+        return in.source != nullptr && in.few() && as(in) == operand::bytes;
+    };
+    const bool shared = std::any_of(tasks.data, tasks.data + tasks.extent[0],
+                                    [&](const expert_task& task) { return is_shared(task.*member); });
     const byte_rows all = shared ? byte_rows::take(memory, any.x.extent[0], columns) : byte_rows{};
+    index pieces = 0, rows = 0;
     for (index i = 0; i < tasks.extent[0]; ++i) {
         activations& in = tasks[i].*member;
-        if (shared && in.few()) {
+        if (as(in) == operand::floats) continue;
+        rows += in.count;
+        if (is_shared(in)) {
             in.rows = all;
         } else {
-            take_bytes(in, columns, memory);
+            in.take(as(in), memory);
+            pieces += in.pieces();
         }
     }
     const auto fill = [&](int share, int shares) {
@@ -64,14 +77,17 @@ inline void quantise_tasks(view<expert_task, 1> tasks, activations expert_task::
             const row_range mine = share_of(any.x.extent[0], share, shares);
             for (index r = mine.first; r < mine.first + mine.count; ++r) all.quantise(r, any.x[r].data);
         }
-        const row_range mine = share_of(rows, share, shares);
+        const row_range mine = share_of(pieces, share, shares);
+        index first = 0;  // piece of a task
         for (index i = 0; i < tasks.extent[0]; ++i) {
             const activations& in = tasks[i].*member;
-            if (shared && in.few()) continue;
-            const index end = std::min(tasks[i].first + in.count, mine.first + mine.count);
-            for (index r = std::max(tasks[i].first, mine.first); r < end; ++r) quantise_row(in, r - tasks[i].first);
+            if (is_shared(in) || as(in) == operand::floats) continue;
+            const index end = std::min(first + in.pieces(), mine.first + mine.count);
+            for (index p = std::max(first, mine.first); p < end; ++p) in.fill(as(in), p - first);
+            first += in.pieces();
         }
     };
+    if (rows == 0) return;
     if (rows * columns < worth_a_job) {
         fill(0, 1);
     } else {
@@ -85,7 +101,7 @@ inline void gate_and_up(std::span<const expert_task> tasks, view<float, 2> mid, 
     index most = 0;
     for (const expert_task& task : tasks) most = std::max(most, task.in.count);
     const arena::scope scope(memory);
-    const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(tasks.front().gate.columns));
+    const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(most, tasks.front().gate.columns));
     const auto gates = memory.take<float>(pool.size(), most, unit_rows);
     const auto ups = memory.take<float>(pool.size(), most, unit_rows);
     pool.parallel([&](int share, int shares) {
@@ -118,8 +134,10 @@ inline void gate_and_up(std::span<const expert_task> tasks, view<float, 2> mid, 
 inline void down(std::span<const expert_task> tasks, const expert_rows& rows, precision wanted, thread_pool& pool,
                  arena& memory) {
     const matrix_view& first = tasks.front().down;
+    index most = 0;
+    for (const expert_task& task : tasks) most = std::max(most, task.mid.count);
     const arena::scope scope(memory);
-    const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(first.columns));
+    const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(most, first.columns));
     pool.parallel([&](int share, int shares) {
         const arena own(scratch[share].data, scratch.extent[1]);
         const row_range mine = share_of(first.rows, share, shares, unit_rows);
@@ -155,12 +173,10 @@ inline void feed_forward(view<expert_task, 1> tasks, const expert_rows& rows, pr
     }
     {
         const arena::scope scope(memory);
-        if (takes_bytes(wanted, last.gate.type) || takes_bytes(wanted, last.up.type)) {
-            quantise_tasks(tasks, &expert_task::in, last.gate.columns, pool, memory);
-        }
+        round_tasks(tasks, &expert_task::in, {last.gate, last.up}, wanted, pool, memory);
         gate_and_up(all, mid, wanted, pool, memory);
     }
-    if (takes_bytes(wanted, last.down.type)) quantise_tasks(tasks, &expert_task::mid, width, pool, memory);
+    round_tasks(tasks, &expert_task::mid, {last.down}, wanted, pool, memory);
     down(all, rows, wanted, pool, memory);
 }
 
@@ -170,14 +186,15 @@ inline void feed_forward(view<expert_task, 1> tasks, const expert_rows& rows, pr
 /// of `width`.
 constexpr index experts_scratch_bytes(index rows, index pairs, index experts, index columns, index width, int threads) {
     const auto bytes = [&](index widest) {
-        const index panels = std::min(pairs, detail::byte_panels::count(pairs) + experts);
-        return detail::byte_rows::bytes(rows, widest) + detail::byte_panels::bytes(panels, widest) +
+        const index in_panels = std::min(pairs, (pairs / detail::activations::panel_rows + experts)) *
+                                detail::activations::panel_rows;  // the last panel of each expert is not full
+        return detail::byte_rows::bytes(rows, widest) + detail::activations::bytes(in_panels, widest) +
                std::min(pairs, experts) * 4 * arena::alignment;
     };
     const index each_expert = static_cast<index>(sizeof(detail::expert_task) + sizeof(index));
     const index each_pair =
         width * static_cast<index>(sizeof(float)) + static_cast<index>(sizeof(index) + sizeof(float));
-    const index each_thread = detail::product_scratch(std::max(columns, width)) +
+    const index each_thread = detail::product_scratch(rows, std::max(columns, width)) +
                               2 * rows * detail::unit_rows * static_cast<index>(sizeof(float));
     return experts * each_expert + pairs * each_pair + threads * each_thread + std::max(bytes(columns), bytes(width)) +
            16 * arena::alignment;

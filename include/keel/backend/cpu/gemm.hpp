@@ -199,13 +199,13 @@ struct byte_panels {
 
     static constexpr index count(index n) { return (n + rows - 1) / rows; }
 
-    static byte_panels take(arena& memory, index panels, index columns) {
-        const index parts = columns / part_columns, slots = panels * rows;
+    static byte_panels take(arena& memory, index n, index columns) {
+        const index parts = columns / part_columns, slots = count(n) * rows;
         return {parts, memory.take<std::int8_t>(slots * columns).data, memory.take<float>(slots * parts).data,
                 memory.take<float>(slots * parts).data, memory.take<float>(slots * parts * 2).data};
     }
-    static constexpr index bytes(index panels, index columns) {
-        return panels * rows * (columns + columns / part_columns * 16) + 4 * arena::alignment;
+    static constexpr index bytes(index n, index columns) {
+        return count(n) * rows * (columns + columns / part_columns * 16) + 4 * arena::alignment;
     }
 
     /// The panels from number `first` on.
@@ -214,16 +214,15 @@ struct byte_panels {
         return {parts, code + slots * part_columns, scale + slots, part_sum + slots, half_sum + 2 * slots};
     }
 
-    /// Fills slot `slot` of the first panel.
-    void quantise(int slot, const float* x) const {
-        for (index p = 0; p < parts; ++p) {
-            set(slot, p, quantise_part(x + p * part_columns, code + (p * rows + slot) * part_columns));
-        }
-    }
-    void clear(int slot) const {
-        for (index p = 0; p < parts; ++p) {
-            std::memset(code + (p * rows + slot) * part_columns, 0, part_columns);
-            set(slot, p, {0, {0, 0}});
+    /// Fills panel `p` with rows source(0), ..., source(n - 1).
+    template <class F>
+    void fill(index p, int n, F&& source) const {
+        const byte_panels to = from(p);
+        for (int slot = 0; slot < n; ++slot) {
+            const float* const x = source(slot);
+            for (index i = 0; i < parts; ++i) {
+                to.set(slot, i, quantise_part(x + i * part_columns, to.code + (i * rows + slot) * part_columns));
+            }
         }
     }
 

@@ -14,6 +14,7 @@
 #include <keel/backend/cpu/codes.hpp>
 #include <keel/backend/cpu/dot.hpp>
 #include <keel/backend/cpu/gemm.hpp>
+#include <keel/backend/cpu/matrix_unit.hpp>
 #include <keel/backend/cpu/threads.hpp>
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
@@ -27,29 +28,76 @@ namespace detail {
 /// unpacked first.
 inline constexpr index few_rows = 4;
 
-/// Activations of a product. The bytes are there if the weights want them: as rows if there are few, in panels if there
-/// are many.
+/// What a product takes its activations as: as they are, rounded to bytes, or rounded to bf16.
+enum class operand { floats, bytes, halves };
+
+inline operand operand_of(precision wanted, const matrix_view& w, index count) {
+    if (wanted == precision::exact) return operand::floats;
+    const bool quantised = info(w.type).block_elements > 1;
+#if defined(KEEL_AMX)
+    const bool fits = w.columns % part_columns == 0 && (quantised || w.type == dtype::bf16);
+    if (count > few_rows && fits && amx::permitted()) return operand::halves;
+#endif
+    return quantised ? operand::bytes : operand::floats;
+}
+
+/// Activations of a product, and what they are rounded to if its weights want that.
 struct activations {
     index count = 0;         // rows of the product
     view<const float, 2> x;  // row n of the product is row source[n] of x and of rows; without source it is row n
     const index* source = nullptr;
-    byte_rows rows = {};
-    byte_panels panels = {};  // in the product's order
+    byte_rows rows = {};      // few of them
+    byte_panels panels = {};  // many, in the product's order
+#if defined(KEEL_AMX)
+    half_panels halves = {};  // as panels
+#endif
+
+    static constexpr index panel_rows = byte_panels::rows;
 
     [[nodiscard]] bool few() const { return count <= few_rows; }
     [[nodiscard]] index row(index n) const { return source == nullptr ? n : source[n]; }
+
+    /// Takes memory for rounded values.
+    void take(operand as, arena& memory) {
+        const index columns = x.extent[1];
+#if defined(KEEL_AMX)
+        if (as == operand::halves) halves = half_panels::take(memory, count, columns);
+#endif
+        if (as == operand::bytes && few()) rows = byte_rows::take(memory, count, columns);
+        if (as == operand::bytes && !few()) panels = byte_panels::take(memory, count, columns);
+    }
+    /// Bytes that take() takes, at most, for n rows.
+    static constexpr index bytes(index n, index columns) {
+        index most = std::max(byte_rows::bytes(std::min(n, few_rows), columns), byte_panels::bytes(n, columns));
+#if defined(KEEL_AMX)
+        most = std::max(most, half_panels::bytes(n, columns));
+#endif
+        return most;
+    }
+
+    /// What is rounded in one go: a row, or a panel.
+    [[nodiscard]] index pieces() const { return few() ? count : byte_panels::count(count); }
+
+    void fill(operand as, index piece) const {
+        if (as == operand::bytes && few()) return rows.quantise(piece, x[row(piece)].data);
+        const index first = piece * panel_rows;
+        const int n = static_cast<int>(std::min<index>(panel_rows, count - first));
+        const auto from = [&](int i) { return x[row(first + i)].data; };
+#if defined(KEEL_AMX)
+        if (as == operand::halves) return halves.fill(piece, n, from);
+#endif
+        panels.fill(piece, n, from);
+    }
 };
 
-/// Whether a product takes its activations in bytes.
-inline bool takes_bytes(precision wanted, dtype type) {
-    return wanted == precision::fast && info(type).block_elements > 1;
-}
-
-/// Memory that one thread needs for a product with `columns` columns.
-constexpr index product_scratch(index columns) {
+/// Memory that one thread needs for a product of n rows and `columns` columns.
+constexpr index product_scratch([[maybe_unused]] index n, index columns) {
     const index rows_of_floats = 4 * columns * static_cast<index>(sizeof(float)) + arena::alignment;
-    return (std::max(rows_of_floats, weight_tile::bytes(columns)) + arena::alignment - 1) / arena::alignment *
-           arena::alignment;
+    index most = std::max(rows_of_floats, weight_tile::bytes(columns));
+#if defined(KEEL_AMX)
+    most = std::max(most, matrix_unit_scratch(n));
+#endif
+    return (most + arena::alignment - 1) / arena::alignment * arena::alignment;
 }
 
 /// Calls emit(n, first row, values, R) with the products of each activation row and R rows of weights in floats.
@@ -91,6 +139,7 @@ template <class Emit>
 void multiply_rows(precision wanted, const matrix_view& w, row_range range, const activations& in, arena scratch,
                    Emit&& emit) {
     const index last = range.first + range.count;
+    const operand as = operand_of(wanted, w, in.count);
     visit_blocks(w.type, [&]<class Block>() {
         const auto* const blocks = reinterpret_cast<const Block*>(w.data);
         const index stride = w.columns / Block::elements;
@@ -99,6 +148,13 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
             for (; o + 4 <= last; o += 4) f.template operator()<4>(o);
             for (; o < last; ++o) f.template operator()<1>(o);
         };
+#if defined(KEEL_AMX)
+        if constexpr (Block::type != dtype::f32 && Block::type != dtype::f16) {
+            if (as == operand::halves) {
+                return multiply_halves(blocks, w.columns, range.first, last, in.halves, in.count, scratch, emit);
+            }
+        }
+#endif
         if constexpr (is_float_block<Block>) {
             using T = std::remove_cvref_t<decltype(Block{}.value.get())>;
             for_rows([&]<int R>(index o) {
@@ -106,7 +162,7 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
                 for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const T*>(w.row(o + r));
                 multiply_floats(rows, w.columns, in, o, emit);
             });
-        } else if (!takes_bytes(wanted, w.type)) {
+        } else if (as == operand::floats) {
             float* const decoded = scratch.take<float>(4, w.columns).data;
             for_rows([&]<int R>(index o) {
                 const float* rows[R];
@@ -137,7 +193,7 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
 }
 
 /// Weight rows that are shared out together.
-inline constexpr index unit_rows = 16;
+inline constexpr index unit_rows = 32;
 
 /// A product as a part of a job.
 struct product {
@@ -179,10 +235,13 @@ constexpr row_range rows_of_units(row_range units, index rows) {
 
 /// Computes all products in one job.
 inline void multiply_all(std::span<const product> products, precision wanted, thread_pool& pool, arena& memory) {
-    index columns = 0;
-    for (const product& p : products) columns = std::max(columns, p.weight.columns);
+    index columns = 0, rows = 0;
+    for (const product& p : products) {
+        columns = std::max(columns, p.weight.columns);
+        rows = std::max(rows, p.in->count);
+    }
     const arena::scope scope(memory);
-    const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(columns));
+    const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(rows, columns));
     pool.parallel([&](int share, int shares) {
         for_units(products, share, shares, [&](const product& p, row_range units) {
             const arena own(scratch[share].data, scratch.extent[1]);
@@ -195,40 +254,18 @@ inline void multiply_all(std::span<const product> products, precision wanted, th
     });
 }
 
-/// Takes memory for the bytes of in.count rows of `columns` columns.
-inline void take_bytes(activations& in, index columns, arena& memory) {
-    if (in.few()) {
-        in.rows = byte_rows::take(memory, in.count, columns);
-    } else {
-        in.panels = byte_panels::take(memory, byte_panels::count(in.count), columns);
-    }
-}
-constexpr index bytes_of_bytes(index n, index columns) {
-    return std::max(byte_rows::bytes(std::min(n, few_rows), columns),
-                    byte_panels::bytes(byte_panels::count(n), columns));
-}
-
-/// Fills row n of the bytes.
-inline void quantise_row(const activations& in, index n) {
-    if (in.few()) {
-        in.rows.quantise(n, in.x[in.row(n)].data);
-    } else {
-        in.panels.from(n / byte_panels::rows).quantise(static_cast<int>(n % byte_panels::rows), in.x[in.row(n)].data);
-    }
-}
-
 /// From how many values on it is quicker to quantise with all threads.
 inline constexpr index worth_a_job = 32768;
 
-/// Fills all bytes of several activations, with threads if it is worth it.
-inline void quantise_all(std::span<const activations> all, thread_pool& pool) {
-    const index count = all.front().count;
-    const index rows = static_cast<index>(all.size()) * count;
-    const auto one = [&](index i) { quantise_row(all[static_cast<std::size_t>(i / count)], i % count); };
-    if (rows * all.front().x.extent[1] < worth_a_job) {
-        for (index i = 0; i < rows; ++i) one(i);
+/// Rounds several activations of the same shape, with threads if it is worth it.
+inline void round_all(std::span<const activations> all, operand as, thread_pool& pool) {
+    const activations& any = all.front();
+    const index pieces = any.pieces(), total = static_cast<index>(all.size()) * pieces;
+    const auto one = [&](index i) { all[static_cast<std::size_t>(i / pieces)].fill(as, i % pieces); };
+    if (static_cast<index>(all.size()) * any.x.extent[0] * any.x.extent[1] < worth_a_job) {
+        for (index i = 0; i < total; ++i) one(i);
     } else {
-        pool.parallel_for(rows, one);
+        pool.parallel_for(total, one);
     }
 }
 
@@ -236,9 +273,9 @@ inline void quantise_all(std::span<const activations> all, thread_pool& pool) {
 
 /// Memory that matmul and matmul_heads take from the workspace, for `inputs` (one, or the heads) inputs of `columns`.
 constexpr index matmul_scratch_bytes(index rows, index inputs, index columns, int threads) {
-    const index bytes = detail::bytes_of_bytes(rows, columns);
+    const index bytes = detail::activations::bytes(rows, columns);
     const index each = static_cast<index>(sizeof(detail::activations) + sizeof(detail::product));
-    return inputs * (bytes + each) + threads * detail::product_scratch(columns) + 16 * arena::alignment;
+    return inputs * (bytes + each) + threads * detail::product_scratch(rows, columns) + 16 * arena::alignment;
 }
 
 /// out = W x, or out += W x, of several matrices with the same input, as one job.
@@ -247,11 +284,11 @@ void matmul(view<const float, 2> x, std::initializer_list<linear<Matrix>> produc
             arena& memory) {
     const arena::scope scope(memory);
     detail::activations in{.count = x.extent[0], .x = x};
-    const bool bytes =
-        std::ranges::any_of(products, [&](const auto& p) { return detail::takes_bytes(wanted, p.weight.type); });
-    if (bytes) {
-        detail::take_bytes(in, x.extent[1], memory);
-        detail::quantise_all({&in, 1}, pool);
+    auto as = detail::operand::floats;
+    for (const auto& p : products) as = std::max(as, detail::operand_of(wanted, p.weight, in.count));
+    if (as != detail::operand::floats) {
+        in.take(as, memory);
+        detail::round_all({&in, 1}, as, pool);
     }
     const auto list = memory.take<detail::product>(products.size());
     index count = 0;
@@ -266,13 +303,13 @@ void matmul_heads(const matmul_heads_args<Matrix>& a, precision wanted, thread_p
     const auto heads = static_cast<std::size_t>(a.weight.count);
     const auto inputs = memory.take<detail::activations>(heads);
     const auto list = memory.take<detail::product>(heads);
-    const bool bytes = detail::takes_bytes(wanted, a.weight.type);
+    const auto as = detail::operand_of(wanted, a.weight, a.x.extent[0]);
     for (index h = 0; h < a.weight.count; ++h) {
         inputs[h] = {.count = a.x.extent[0], .x = a.x.slice(h)};
-        if (bytes) detail::take_bytes(inputs[h], a.weight.columns, memory);
+        inputs[h].take(as, memory);
         list[h] = {a.weight.matrix(h), &inputs[h], a.out.slice(h), false};
     }
-    if (bytes) detail::quantise_all({inputs.data, heads}, pool);
+    if (as != detail::operand::floats) detail::round_all({inputs.data, heads}, as, pool);
     detail::multiply_all({list.data, heads}, wanted, pool, memory);
 }
 

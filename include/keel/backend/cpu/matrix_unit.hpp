@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT
+//
+// Products of weight rows with many activation rows on Intel's matrix unit. Weights become bf16, scales and minimums
+// included, as they lie: a row of 32 columns is a row of a left operand, so that nothing is transposed. Activations are
+// right operands, pairs of columns side by side. Both are rounded once, to 8 bits; sums are f32.
+#pragma once
+
+#include <keel/backend/cpu/amx.hpp>
+
+#if defined(KEEL_AMX)
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include <keel/backend/cpu/codes.hpp>
+#include <keel/core/arena.hpp>
+#include <keel/core/compiler.hpp>
+#include <keel/core/quant.hpp>
+#include <keel/core/view.hpp>
+
+namespace keel::inline KEEL_ABI {
+namespace detail {
+
+/// Rows of activations in panels of 16 rows. Per panel and part of 32 columns a right operand: (16 pairs of columns, 16
+/// rows, 2).
+struct half_panels {
+    static constexpr int rows = 16;
+    static constexpr index part_size = rows * part_columns;
+
+    index parts = 0;
+    bf16* value = nullptr;
+
+    static constexpr index count(index n) { return (n + rows - 1) / rows; }
+
+    static half_panels take(arena& memory, index n, index columns) {
+        return {columns / part_columns, memory.take<bf16>(count(n) * rows * columns).data};
+    }
+    static constexpr index bytes(index n, index columns) {
+        return count(n) * rows * columns * static_cast<index>(sizeof(bf16)) + arena::alignment;
+    }
+
+    [[nodiscard]] bf16* panel(index p) const { return value + p * parts * part_size; }
+
+    /// Fills panel `p` with rows source(0), ..., source(n - 1), and zeros.
+    template <class F>
+    void fill(index p, int n, F&& source) const {
+        alignas(64) std::uint32_t pairs[rows][rows];
+        std::memset(pairs, 0, sizeof(pairs));
+        const float* row[rows];
+        for (int i = 0; i < n; ++i) row[i] = source(i);
+        bf16* to = panel(p);
+        for (index part = 0; part < parts; ++part, to += part_size) {
+            for (int i = 0; i < n; ++i) {
+                const float* const x = row[i] + part * part_columns;
+                _mm512_store_si512(pairs[i], amx::halves_of(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)));
+            }
+            amx::transpose(reinterpret_cast<const float*>(pairs), rows, reinterpret_cast<float*>(to), rows);
+        }
+    }
+};
+
+/// 32 weights, the columns of part P, given the factors of their span.
+template <class Block, int P>
+void store_part(const Block* b, const float* scale, const float* min, bf16* to) {
+    constexpr int group = codes<Block>::group;
+    const __m256i code = span_codes<Block, P>(b).v;
+    const auto weights = [&](int half, __m512 codes) {
+        const int k = (P * part_columns + half * 16) / group;
+        const __m512 s = _mm512_set1_ps(scale[k]);
+        if constexpr (has_minimums<Block>) return _mm512_fmsub_ps(codes, s, _mm512_set1_ps(min[k]));
+        return _mm512_mul_ps(codes, s);
+    };
+    if constexpr (codes<Block>::bits <= 5 && group == part_columns) {
+        // Few codes: what each of them means, looked up.
+        alignas(64) static constexpr float all[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                      16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+        const __m512 low = weights(0, _mm512_load_ps(all));
+        const __m512i table = codes<Block>::bits <= 4
+                                  ? _mm512_castsi256_si512(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)))
+                                  : amx::halves_of(low, weights(0, _mm512_load_ps(all + 16)));
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(code), table));
+    } else {
+        const auto floats = [](__m128i c) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(c)); };
+        _mm512_storeu_si512(to, amx::halves_of(weights(0, floats(_mm256_castsi256_si128(code))),
+                                               weights(1, floats(_mm256_extracti128_si256(code, 1)))));
+    }
+}
+
+/// A block of weights as left operands, (parts of 32 columns, rows, 32): small enough for the first cache.
+struct weight_block {
+    static constexpr index rows = 2 * amx::tile_rows;
+    static constexpr index columns = 512;
+    static constexpr index parts = columns / part_columns;
+    static constexpr index size = rows * columns;
+
+    bf16* value;
+
+    /// Converts `n` columns of `count` rows, the first of which begins at *w; they are `stride` blocks apart. What will
+    /// be converted next lies `ahead` blocks further on.
+    template <class Block>
+    void fill(const Block* w, index stride, index count, index n, index ahead) const {
+        for (index r = 0; r < count; ++r, w += stride) {
+            const auto* const next = reinterpret_cast<const char*>(w + ahead);
+            for (index i = 0; i < n / Block::elements * Block::bytes; i += 64) __builtin_prefetch(next + i);
+            fill_row(w, n / part_columns, value + r * part_columns);
+        }
+    }
+
+private:
+    static constexpr index next_part = rows * part_columns;
+
+    template <class Block>
+    static void fill_row(const Block* b, index n, bf16* to) {
+        if constexpr (is_float_block<Block>) {
+            for (; n > 0; --n, b += part_columns, to += next_part) {
+                _mm512_storeu_si512(to, _mm512_loadu_si512(b));
+            }
+        } else {
+            alignas(64) float scale[16], min[16];
+            for (; n >= span_parts; n -= span_parts, b += span_columns / Block::elements) {
+                span_factors(b, scale, min);
+                amx::finish_stores();  // a factor for all lanes comes from memory for nothing, and from a register not
+                unrolled<span_parts>([&]<int P>() { store_part<Block, P>(b, scale, min, to + P * next_part); });
+                to += span_parts * next_part;
+            }
+            if constexpr (Block::elements == part_columns) {
+                for (; n > 0; --n, ++b, to += next_part) {
+                    part_factors(*b, scale[0], min[0]);
+                    store_part<Block, 0>(b, scale, min, to);
+                }
+            }
+        }
+    }
+};
+
+/// Activation rows that meet a block of weights before the next one is converted.
+inline constexpr index matrix_unit_rows = 512;
+
+/// Memory that one thread needs for a product with n activation rows.
+constexpr index matrix_unit_scratch(index n) {
+    const index panels = half_panels::count(std::min(n, matrix_unit_rows));
+    return weight_block::size * static_cast<index>(sizeof(bf16)) +
+           (panels + 1) * weight_block::rows * half_panels::rows * static_cast<index>(sizeof(float)) +
+           3 * arena::alignment;
+}
+
+/// Sums of a block of weight rows and `Panels` panels: per panel two tiles, (16 weight rows, 16 activation rows) each.
+template <int Panels>
+void multiply_block(const bf16* weights, const bf16* x, index next_panel, index parts, bool begin, float* sums) {
+    constexpr index tile = 256, row_bytes = 64;
+    if (begin) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (Panels == 2) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, sums, row_bytes);
+        _tile_loadd(1, sums + tile, row_bytes);
+        if constexpr (Panels == 2) {
+            _tile_loadd(2, sums + 2 * tile, row_bytes);
+            _tile_loadd(3, sums + 3 * tile, row_bytes);
+        }
+    }
+    for (index p = 0; p < parts; ++p) {
+        const bf16* const w = weights + p * weight_block::rows * part_columns;
+        _tile_loadd(4, w, row_bytes);
+        _tile_loadd(5, w + amx::tile_rows * part_columns, row_bytes);
+        _tile_loadd(6, x + p * half_panels::part_size, row_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if constexpr (Panels == 2) {
+            _tile_loadd(7, x + next_panel + p * half_panels::part_size, row_bytes);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, row_bytes);
+    _tile_stored(1, sums + tile, row_bytes);
+    if constexpr (Panels == 2) {
+        _tile_stored(2, sums + 2 * tile, row_bytes);
+        _tile_stored(3, sums + 3 * tile, row_bytes);
+    }
+}
+
+/// Rows [first, last) of a matrix times `count` activation rows: calls emit(n, o, values, number of values).
+template <class Block, class Emit>
+void multiply_halves(const Block* w, index columns, index first, index last, const half_panels& x, index count,
+                     arena& scratch, Emit&& emit) {
+    constexpr index rows = weight_block::rows, tile = amx::tile_rows * half_panels::rows;
+    const index stride = columns / Block::elements;
+    const arena::scope scope(scratch);
+    const weight_block block{scratch.take<bf16>(weight_block::size).data};
+    const auto sums =
+        scratch.take<float>(half_panels::count(std::min(count, matrix_unit_rows)), rows, half_panels::rows);
+    const auto turned = scratch.take<float>(half_panels::rows, rows);
+    const amx::session session;
+    for (index n = 0; n < count; n += matrix_unit_rows) {
+        const index some = std::min(matrix_unit_rows, count - n), panels = half_panels::count(some);
+        const bf16* const values = x.panel(n / half_panels::rows);
+        const index next_panel = x.parts * half_panels::part_size;
+        for (index o = first; o < last; o += rows) {
+            const index there = std::min(rows, last - o);
+            for (index c = 0; c < columns; c += weight_block::columns) {
+                const index width = std::min(weight_block::columns, columns - c), at = c / Block::elements;
+                const index ahead = c + width < columns ? width / Block::elements : rows * stride - at;
+                block.fill(w + o * stride + at, stride, there, width, ahead);
+                amx::finish_stores();
+                const bf16* const part = values + c / part_columns * half_panels::part_size;
+                index p = 0;
+                for (; p + 2 <= panels; p += 2) {
+                    multiply_block<2>(block.value, part + p * next_panel, next_panel, width / part_columns, c == 0,
+                                      sums[p].data);
+                }
+                if (p < panels) {
+                    multiply_block<1>(block.value, part + p * next_panel, next_panel, width / part_columns, c == 0,
+                                      sums[p].data);
+                }
+            }
+            for (index p = 0; p < panels; ++p) {
+                amx::finish_stores();
+                amx::transpose(sums[p].data, half_panels::rows, turned.data, rows);
+                amx::transpose(sums[p].data + tile, half_panels::rows, turned.data + amx::tile_rows, rows);
+                const index there_too = std::min<index>(half_panels::rows, some - p * half_panels::rows);
+                for (index i = 0; i < there_too; ++i) {
+                    emit(n + p * half_panels::rows + i, o, turned[i].data, there);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace detail
+}  // namespace keel::inline KEEL_ABI
+
+#endif
