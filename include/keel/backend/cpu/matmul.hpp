@@ -31,7 +31,7 @@ inline constexpr index few_rows = 4;
 /// What a product takes its activations as: as they are, rounded to bytes, or rounded to bf16.
 enum class operand { floats, bytes, halves };
 
-inline operand operand_of(precision wanted, const matrix_view& w, index count) {
+inline operand operand_of(precision wanted, const matrix_view& w, [[maybe_unused]] index count) {
     if (wanted == precision::exact) return operand::floats;
     const bool quantised = info(w.type).block_elements > 1;
 #if defined(KEEL_AMX)
