@@ -137,11 +137,15 @@ private:
 /// Activation rows that meet a block of weights before the next one is converted.
 inline constexpr index matrix_unit_rows = 512;
 
+/// Blocks of weight rows that meet some columns of the activations before the next columns have their turn. Of many
+/// rows of activations only some columns fit into the second cache; for few, weights are better read row by row.
+constexpr index blocks_together(index n) { return n > 64 ? 4 : 1; }
+
 /// Memory that one thread needs for a product with n activation rows.
 constexpr index matrix_unit_scratch(index n) {
     const index panels = half_panels::count(std::min(n, matrix_unit_rows));
-    return weight_block::size * static_cast<index>(sizeof(bf16)) +
-           (panels + 1) * weight_block::rows * half_panels::rows * static_cast<index>(sizeof(float)) +
+    const index sums = (blocks_together(n) * panels + 1) * weight_block::rows * half_panels::rows;
+    return weight_block::size * static_cast<index>(sizeof(bf16)) + sums * static_cast<index>(sizeof(float)) +
            3 * arena::alignment;
 }
 
@@ -185,48 +189,61 @@ void multiply_block(const bf16* weights, const bf16* x, index next_panel, index 
     }
 }
 
+/// A block of weights times `n` panels, the first at x: adds to the sums of each, (n, 32 weight rows, 16).
+inline void multiply_block(const weight_block& weights, const bf16* x, index next_panel, index n, index parts,
+                           bool begin, float* sums) {
+    constexpr index size = weight_block::rows * half_panels::rows;
+    amx::finish_stores();
+    index p = 0;
+    for (; p + 2 <= n; p += 2, x += 2 * next_panel, sums += 2 * size) {
+        multiply_block<2>(weights.value, x, next_panel, parts, begin, sums);
+    }
+    if (p < n) multiply_block<1>(weights.value, x, next_panel, parts, begin, sums);
+    amx::finish_stores();
+}
+
 /// Rows [first, last) of a matrix times `count` activation rows: calls emit(n, o, values, number of values).
 template <class Block, class Emit>
 void multiply_halves(const Block* w, index columns, index first, index last, const half_panels& x, index count,
                      arena& scratch, Emit&& emit) {
     constexpr index rows = weight_block::rows, tile = amx::tile_rows * half_panels::rows;
-    const index stride = columns / Block::elements;
+    const index stride = columns / Block::elements, together = blocks_together(count) * rows;
+    const index next_panel = x.parts * half_panels::part_size;
     const arena::scope scope(scratch);
     const weight_block block{scratch.take<bf16>(weight_block::size).data};
-    const auto sums =
-        scratch.take<float>(half_panels::count(std::min(count, matrix_unit_rows)), rows, half_panels::rows);
+    const auto sums = scratch.take<float>(blocks_together(count), half_panels::count(std::min(count, matrix_unit_rows)),
+                                          rows * half_panels::rows);
     const auto turned = scratch.take<float>(half_panels::rows, rows);
     const amx::session session;
-    for (index n = 0; n < count; n += matrix_unit_rows) {
-        const index some = std::min(matrix_unit_rows, count - n), panels = half_panels::count(some);
-        const bf16* const values = x.panel(n / half_panels::rows);
-        const index next_panel = x.parts * half_panels::part_size;
-        for (index o = first; o < last; o += rows) {
-            const index there = std::min(rows, last - o);
-            for (index c = 0; c < columns; c += weight_block::columns) {
-                const index width = std::min(weight_block::columns, columns - c), at = c / Block::elements;
-                const index ahead = c + width < columns ? width / Block::elements : rows * stride - at;
-                block.fill(w + o * stride + at, stride, there, width, ahead);
-                amx::finish_stores();
-                const bf16* const part = values + c / part_columns * half_panels::part_size;
-                index p = 0;
-                for (; p + 2 <= panels; p += 2) {
-                    multiply_block<2>(block.value, part + p * next_panel, next_panel, width / part_columns, c == 0,
-                                      sums[p].data);
-                }
-                if (p < panels) {
-                    multiply_block<1>(block.value, part + p * next_panel, next_panel, width / part_columns, c == 0,
-                                      sums[p].data);
-                }
+    const auto multiply = [&](index group, index n, index panels) {
+        const index end = std::min(last, group + together);
+        for (index c = 0; c < columns; c += weight_block::columns) {
+            const index width = std::min(weight_block::columns, columns - c);
+            const bf16* const values = x.panel(n / half_panels::rows) + c / part_columns * half_panels::part_size;
+            for (index o = group; o < end; o += rows) {
+                const bool more_rows = o + rows < end || c + width == columns;
+                const index ahead = more_rows ? rows * stride : ((group - o) * stride + width / Block::elements);
+                block.fill(w + o * stride + c / Block::elements, stride, std::min(rows, end - o), width, ahead);
+                multiply_block(block, values, next_panel, panels, width / part_columns, c == 0,
+                               sums[(o - group) / rows].data);
             }
-            for (index p = 0; p < panels; ++p) {
-                amx::finish_stores();
-                amx::transpose(sums[p].data, half_panels::rows, turned.data, rows);
-                amx::transpose(sums[p].data + tile, half_panels::rows, turned.data + amx::tile_rows, rows);
-                const index there_too = std::min<index>(half_panels::rows, some - p * half_panels::rows);
-                for (index i = 0; i < there_too; ++i) {
-                    emit(n + p * half_panels::rows + i, o, turned[i].data, there);
-                }
+        }
+    };
+    const auto hand_out = [&](index o, index n, index some, const float* from) {
+        const index there = std::min(rows, last - o);
+        for (index i = 0; i < some; i += half_panels::rows, from += 2 * tile) {
+            amx::transpose(from, half_panels::rows, turned.data, rows);
+            amx::transpose(from + tile, half_panels::rows, turned.data + amx::tile_rows, rows);
+            const index panel = std::min<index>(half_panels::rows, some - i);
+            for (index r = 0; r < panel; ++r) emit(n + i + r, o, turned[r].data, there);
+        }
+    };
+    for (index n = 0; n < count; n += matrix_unit_rows) {
+        const index some = std::min(matrix_unit_rows, count - n);
+        for (index group = first; group < last; group += together) {
+            multiply(group, n, half_panels::count(some));
+            for (index o = group; o < std::min(last, group + together); o += rows) {
+                hand_out(o, n, some, sums[(o - group) / rows].data);
             }
         }
     }
