@@ -69,7 +69,7 @@ private:
     host_matrix matrix_;
 };
 
-constexpr workspace_limits limits{.rows = 100,
+constexpr workspace_limits limits{.rows = 600,
                                   .columns = 2304,
                                   .experts = 16,
                                   .chosen = 4,
@@ -267,7 +267,7 @@ TEST_CASE("several products of one input, rows that are not dense, and sums with
         const double tolerance = p == precision::exact ? 1e-6 : 2e-2;
         const weights a(dtype::q4_k, 1, 70, 256, random), b(dtype::f32, 1, 3, 256, random);
         const weights c(dtype::q8_0, 1, 130, 256, random);
-        for (const index n : {1, 3, 20}) {
+        for (const index n : {1, 3, 20, 90, 600}) {
             CAPTURE(n);
             array wide = random.normal(n * 300);
             const view<const float, 2> x = wide.as(n, 300).columns(17, 256);

@@ -279,13 +279,26 @@ inline floats8 to_floats(ints8 x) {
     return make_floats([&](int i) { return static_cast<float>(x.v[i]); });
 }
 inline bytes32 repeat4(const std::int8_t* p) {
-    return make_bytes([&](int i) { return p[i % 4]; });
+    bytes32 x;
+    for (int i = 0; i < 32; i += 4) std::memcpy(x.v + i, p, 4);
+    return x;
 }
+/// All bytes are signed here: unsigned w is below 128. Pairs of bytes are seen as numbers of 16 bits and pairs of those
+/// as numbers of 32, so that no byte has to leave its place, and any vector unit will do.
 template <bool SignedWeights>
 ints8 dot4(ints8 sums, bytes32 w, bytes32 x) {
-    for (int i = 0; i < 32; ++i) {
-        const int weight = SignedWeights ? static_cast<std::int8_t>(w.v[i]) : w.v[i];
-        sums.v[i / 4] += weight * static_cast<std::int8_t>(x.v[i]);
+    typedef std::int16_t shorts __attribute__((vector_size(16)));
+    typedef std::int32_t ints __attribute__((vector_size(16)));
+    for (int half = 0; half < 2; ++half) {
+        shorts a, b;
+        ints sum;
+        std::memcpy(&a, w.v + 16 * half, sizeof(a));
+        std::memcpy(&b, x.v + 16 * half, sizeof(b));
+        std::memcpy(&sum, sums.v + 4 * half, sizeof(sum));
+        const shorts even = ((a << 8) >> 8) * ((b << 8) >> 8), odd = (a >> 8) * (b >> 8);
+        const ints pairs = reinterpret_cast<ints>(even + odd);  // at most 2 * 128 * 127: 16 bits hold it
+        sum += ((pairs << 16) >> 16) + (pairs >> 16);
+        std::memcpy(sums.v + 4 * half, &sum, sizeof(sum));
     }
     return sums;
 }

@@ -16,12 +16,12 @@
 namespace keel::inline KEEL_ABI {
 namespace detail {
 
-/// Asks for the memory of a span; it need not exist. Rows side by side are short streams, which processors do not
-/// foresee well by themselves.
+/// Asks for the memory of what a row's stream will come to after a span; it need not exist. Processors foresee such
+/// streams by themselves, but not across the ends of pages.
 template <class Block>
-void prefetch_span(const Block* b) {
-    const char* const bytes = reinterpret_cast<const char*>(b);
-    constexpr int size = span_columns / Block::elements * Block::bytes;
+void prefetch_after(const Block* b) {
+    constexpr int ahead = 1024, size = span_columns / Block::elements * Block::bytes;
+    const char* const bytes = reinterpret_cast<const char*>(b) + ahead;
     for (int i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
 }
 
@@ -54,7 +54,7 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
     const index spans = columns / span_columns;
     for (index s = 0; s < spans; ++s, w += span_columns / Block::elements) {
         for (int r = 0; r < R; ++r) {
-            prefetch_span(w + (R + r) * stride);
+            prefetch_after(w + r * stride);
             span_factors(w + r * stride, factor, least);
             for (int n = 0; n < N; ++n) {
                 const floats8 own = simd::load_floats8(scale[n] + s * span_parts);

@@ -42,6 +42,11 @@ struct expert_rows {
     bool accumulate;  // add to what `out` holds
 };
 
+/// Floats that a thread needs for the results of gate, or of up, at a time.
+constexpr index gate_floats(index rows, index width) {
+    return std::max(rows * unit_rows, std::min(rows, few_rows) * width);
+}
+
 /// Rounds one of the activations of each task, if the weights that it is multiplied with want that.
 inline void round_tasks(view<expert_task, 1> tasks, activations expert_task::*member,
                         std::initializer_list<matrix_view> weights, precision wanted, thread_pool& pool,
@@ -100,32 +105,36 @@ inline void gate_and_up(std::span<const expert_task> tasks, view<float, 2> mid, 
                         arena& memory) {
     index most = 0;
     for (const expert_task& task : tasks) most = std::max(most, task.in.count);
+    const index width = tasks.front().gate.rows;
     const arena::scope scope(memory);
     const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(most, tasks.front().gate.columns));
-    const auto gates = memory.take<float>(pool.size(), most, unit_rows);
-    const auto ups = memory.take<float>(pool.size(), most, unit_rows);
+    const auto results = memory.take<float>(pool.size(), 2, gate_floats(most, width));
     pool.parallel([&](int share, int shares) {
         const arena own(scratch[share].data, scratch.extent[1]);
-        const auto store_in = [&](view<float, 2> to, index first) {
-            return [=](index n, index o, const float* values, index count) {
-                std::copy_n(values, count, &to(n, o - first));
+        // Rows [first, first + count) of gate and up. Few rows of activations leave all of them room in the first
+        // cache.
+        const auto multiply = [&](const expert_task& task, index first, index count) {
+            const row_range rows{first, count};
+            const auto into = [&](view<float, 2> to) {
+                return [=](index n, index o, const float* values, index some) {
+                    std::copy_n(values, some, &to(n, o - first));
+                };
             };
+            const view<float, 2> gate(results[share][0].data, task.in.count, count);
+            const view<float, 2> up(results[share][1].data, task.in.count, count);
+            multiply_rows(wanted, task.gate, rows, task.in, own, into(gate));
+            multiply_rows(wanted, task.up, rows, task.in, own, into(up));
+            for (index n = 0; n < task.in.count; ++n) {
+                float* const to = &mid(task.first + n, first);
+                simd::for_lanes(count, [&](index i, auto load, auto store) {
+                    store(to + i, simd::silu(load(&gate(n, i))) * load(&up(n, i)));
+                });
+            }
         };
         for_units(tasks, share, shares, [&](const expert_task& task, row_range units) {
             const row_range rows = rows_of_units(units, task.gate.rows);
-            for (index o = rows.first; o < rows.first + rows.count; o += unit_rows) {
-                const row_range unit{o, std::min(unit_rows, rows.first + rows.count - o)};
-                multiply_rows(wanted, task.gate, unit, task.in, own, store_in(gates[share], o));
-                multiply_rows(wanted, task.up, unit, task.in, own, store_in(ups[share], o));
-                for (index n = 0; n < task.in.count; ++n) {
-                    const float* const gate = gates[share][n].data;
-                    const float* const up = ups[share][n].data;
-                    float* const to = &mid(task.first + n, o);
-                    simd::for_lanes(unit.count, [&](index i, auto load, auto store) {
-                        store(to + i, simd::silu(load(gate + i)) * load(up + i));
-                    });
-                }
-            }
+            const index step = task.in.few() ? rows.count : unit_rows, end = rows.first + rows.count;
+            for (index o = rows.first; o < end; o += step) multiply(task, o, std::min(step, end - o));
         });
     });
 }
@@ -195,7 +204,7 @@ constexpr index experts_scratch_bytes(index rows, index pairs, index experts, in
     const index each_pair =
         width * static_cast<index>(sizeof(float)) + static_cast<index>(sizeof(index) + sizeof(float));
     const index each_thread = detail::product_scratch(rows, std::max(columns, width)) +
-                              2 * rows * detail::unit_rows * static_cast<index>(sizeof(float));
+                              2 * detail::gate_floats(rows, width) * static_cast<index>(sizeof(float));
     return experts * each_expert + pairs * each_pair + threads * each_thread + std::max(bytes(columns), bytes(width)) +
            16 * arena::alignment;
 }

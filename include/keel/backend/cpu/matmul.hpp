@@ -100,16 +100,20 @@ constexpr index product_scratch([[maybe_unused]] index n, index columns) {
     return (most + arena::alignment - 1) / arena::alignment * arena::alignment;
 }
 
-/// Calls emit(n, first row, values, R) with the products of each activation row and R rows of weights in floats.
+/// Calls emit(n, row, value, 1) with the products of each activation row and R rows of weights in floats, the first of
+/// which is row `first`; the others follow `apart` rows from each other.
 template <class T, int R, class Emit>
-void multiply_floats(const T* const (&w)[R], index columns, const activations& in, index first, Emit&& emit) {
+void multiply_floats(const T* const (&w)[R], index columns, const activations& in, index first, index apart,
+                     Emit&& emit) {
     index n = 0;
     const auto take = [&]<int N>() {
         const float* x[N];
         for (int i = 0; i < N; ++i) x[i] = in.x[in.row(n + i)].data;
         float out[N][R];
         dot_floats(w, x, columns, out);
-        for (int i = 0; i < N; ++i) emit(n + i, first, out[i], R);
+        for (int i = 0; i < N; ++i) {
+            for (int r = 0; r < R; ++r) emit(n + i, first + r * apart, &out[i][r], 1);
+        }
         n += N;
     };
     while (n + 4 <= in.count) take.template operator()<4>();
@@ -118,14 +122,17 @@ void multiply_floats(const T* const (&w)[R], index columns, const activations& i
 
 /// The same for blocks and activations in bytes, few of them.
 template <class Block, int R, class Emit>
-void multiply_few(const Block* w, index stride, index columns, const activations& in, index first, Emit&& emit) {
+void multiply_few(const Block* w, index stride, index columns, const activations& in, index first, index apart,
+                  Emit&& emit) {
     index n = 0;
     const auto take = [&]<int N>() {
         index rows[N];
         for (int i = 0; i < N; ++i) rows[i] = in.row(n + i);
         float out[N][R];
-        dot_bytes<Block, R, N>(w, stride, columns, in.rows, rows, out);
-        for (int i = 0; i < N; ++i) emit(n + i, first, out[i], R);
+        dot_bytes<Block, R, N>(w + first * stride, apart * stride, columns, in.rows, rows, out);
+        for (int i = 0; i < N; ++i) {
+            for (int r = 0; r < R; ++r) emit(n + i, first + r * apart, &out[i][r], 1);
+        }
         n += N;
     };
     while (n + 4 <= in.count) take.template operator()<4>();
@@ -143,10 +150,12 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
     visit_blocks(w.type, [&]<class Block>() {
         const auto* const blocks = reinterpret_cast<const Block*>(w.data);
         const index stride = w.columns / Block::elements;
-        const auto for_rows = [&](auto&& f) {  // four at a time, then one
-            index o = range.first;
-            for (; o + 4 <= last; o += 4) f.template operator()<4>(o);
-            for (; o < last; ++o) f.template operator()<1>(o);
+        // Four rows together. Where reading them is what takes time, they are far apart: memory likes to be read in a
+        // few long streams.
+        const auto for_rows = [&](auto&& f) {
+            const index groups = range.count / 4, apart = in.few() ? groups : 1, step = in.few() ? 1 : 4;
+            for (index g = 0; g < groups; ++g) f.template operator()<4>(range.first + g * step, apart);
+            for (index o = range.first + 4 * groups; o < last; ++o) f.template operator()<1>(o, index{1});
         };
 #if defined(KEEL_AMX)
         if constexpr (Block::type != dtype::f32 && Block::type != dtype::f16) {
@@ -157,24 +166,25 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
 #endif
         if constexpr (is_float_block<Block>) {
             using T = std::remove_cvref_t<decltype(Block{}.value.get())>;
-            for_rows([&]<int R>(index o) {
+            for_rows([&]<int R>(index o, index apart) {
                 const T* rows[R];
-                for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const T*>(w.row(o + r));
-                multiply_floats(rows, w.columns, in, o, emit);
+                for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const T*>(w.row(o + r * apart));
+                multiply_floats(rows, w.columns, in, o, apart, emit);
             });
         } else if (as == operand::floats) {
             float* const decoded = scratch.take<float>(4, w.columns).data;
-            for_rows([&]<int R>(index o) {
+            for_rows([&]<int R>(index o, index apart) {
                 const float* rows[R];
                 for (int r = 0; r < R; ++r) {
-                    decode_columns(blocks + (o + r) * stride, decoded + r * w.columns, w.columns);
+                    decode_columns(blocks + (o + r * apart) * stride, decoded + r * w.columns, w.columns);
                     rows[r] = decoded + r * w.columns;
                 }
-                multiply_floats(rows, w.columns, in, o, emit);
+                multiply_floats(rows, w.columns, in, o, apart, emit);
             });
         } else if (in.few()) {
-            for_rows(
-                [&]<int R>(index o) { multiply_few<Block, R>(blocks + o * stride, stride, w.columns, in, o, emit); });
+            for_rows([&]<int R>(index o, index apart) {
+                multiply_few<Block, R>(blocks, stride, w.columns, in, o, apart, emit);
+            });
         } else {
             const weight_tile tile = weight_tile::take(scratch, w.columns);
             alignas(64) tile_sums sums;
