@@ -5,8 +5,8 @@
 //   nvcc -std=c++20 -O3 -Iinclude -Itests/cuda -gencode arch=compute_90a,code=sm_90a bench/cuda/prefill_bench.cu
 #include <keel/backend/cuda/feed_forward.cuh>
 #include <keel/backend/cuda/flash.cuh>
-#include <keel/backend/cuda/gemm.cuh>
 #include <keel/backend/cuda/kda_chunk.cuh>
+#include <keel/backend/cuda/products.cuh>
 
 #include "device_matrix.cuh"
 #include "device_memory.cuh"
@@ -79,8 +79,8 @@ void bench_products(const char* name, int n, int columns, std::vector<int> sizes
     args.workspace = workspace.data();
     const double ms = milliseconds([&] { check(launch::products(args, nullptr), "products"); });
     const double converting = milliseconds([&] {
-        check(launch::detail::prepare_rows(x.data(), columns, n, columns,
-                                           launch::detail::prepared(args.workspace, n, columns), nullptr),
+        check(launch::detail::prepare_rows({x.data(), columns, 0}, 1, n, columns, {},
+                                           launch::detail::prepared(args.workspace, n, columns, 1), nullptr),
               "prepare_rows");
     });
     std::printf("products   %-20s %-5s n=%5d: %.4f ms, %.0f TFLOP/s (converting %.4f ms)\n", name,
@@ -106,7 +106,7 @@ void bench_feed_forward(int n, int k, int experts, int width, keel::dtype type, 
     }
     const device_array<int> chosen_device(chosen);
     const device_array<float> weights_device(std::vector<float>(chosen.size(), 0.3f)), out(x.size());
-    const device_array<unsigned char> workspace(launch::feed_forward_bytes(n, k, experts, hidden, width));
+    const device_array<unsigned char> workspace(launch::feed_forward_bytes(n, k, experts, hidden, width, 2));
     launch::feed_forward_args args{{x.data(), hidden, n}};
     if (experts > 0) args.chosen = chosen_device.data(), args.weights = weights_device.data();
     args.chosen_row = args.weights_row = args.k = k;

@@ -185,7 +185,7 @@ public:
 
     /// What such a session and the model take, exactly.
     [[nodiscard]] memory_plan plan(const session_options& options = {}) const {
-        return make_plan<B>(shape(), {model_->run.options(), weight_bytes(file_), model_->run.batch_rows(),
+        return make_plan<B>(shape(), {model_->run.options(), weight_bytes_of<B>(file_), model_->run.batch_rows(),
                                       context_of(shape(), options), options.checkpoints, options.replay});
     }
 

@@ -92,13 +92,13 @@ std::vector<float> to_host(B& b, view<const float, 1> from) {
 /// Feeds tokens `split` at a time; answers the logits behind each token, or only behind the last one.
 template <backend B>
 std::vector<std::vector<float>> feed(const executor<B>& model, sequence_state<B>& state, std::span<const token> tokens,
-                                     std::size_t split, want logits = want::last) {
+                                     std::size_t split, want logits = want::last, index context = 1024) {
     std::vector<std::vector<float>> rows;
     for (std::size_t i = 0; i < tokens.size(); i += split) {
         const std::size_t count = std::min(split, tokens.size() - i);
         const bool last = i + count == tokens.size();
         const job<B> next{&state, tokens.subspan(i, count), logits == want::last && !last ? want::none : logits};
-        model.run({&next, 1}, 1024,
+        model.run({&next, 1}, context,
                   [&](B& b, std::size_t, index, view<const float, 1> row) { rows.push_back(to_host(b, row)); });
     }
     return rows;

@@ -10,7 +10,6 @@
 #include <initializer_list>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string_view>
 #include <utility>
@@ -21,6 +20,7 @@
 #include <keel/backend/batch.hpp>
 #include <keel/backend/concept.hpp>
 #include <keel/backend/cuda/arguments.hpp>
+#include <keel/backend/cuda/device_memory.hpp>
 #include <keel/backend/cuda/launch.hpp>
 #include <keel/backend/cuda/memory.hpp>
 #include <keel/backend/cuda/passes.hpp>
@@ -35,43 +35,16 @@
 
 namespace keel::inline KEEL_ABI {
 
-/// A small weight on the device, f32.
-struct cuda_vector {
-    std::shared_ptr<const cuda_buffer> memory;
-    index size = 0;
-
-    operator view<const float, 1>() const {
-        return {memory == nullptr ? nullptr : reinterpret_cast<const float*>(memory->data()), size};
-    }
-};
-
 /// The whole model on a GPU. Weights stay quantised. With precision::fast, products of quantised weights take
 /// activations of 8 bits; everything else is f32 with either precision.
-class cuda : cuda_arguments {
+class cuda : public cuda_device_memory, cuda_arguments {
 public:
-    using device = cuda_device;
-    using buffer = cuda_buffer;
-    using matrix = cuda_matrix;
-    using vector = cuda_vector;
-
     /// Throws errc::capacity if the device has no room for the workspace.
     cuda(std::shared_ptr<device> shared, index workspace_bytes)
-        : device_(std::move(shared)),
-          memory_(device_, workspace_bytes),
-          counters_(device_, most_counters * static_cast<index>(sizeof(unsigned))),
-          workspace_(memory_.data(), memory_.size()),
-          table_(device_),
-          recordings_(device_) {}
-
-    // Memory.
-    [[nodiscard]] buffer allocate(index bytes) const { return {device_, bytes}; }
-    void upload(std::byte* to, const std::byte* from, index bytes) const {
-        copy(to, from, bytes, cudaMemcpyHostToDevice);
-    }
-    void download(std::byte* to, const std::byte* from, index bytes) const {
-        copy(to, from, bytes, cudaMemcpyDeviceToHost);
-    }
-    [[nodiscard]] arena& workspace() { return workspace_; }
+        : cuda_device_memory(std::move(shared), workspace_bytes),
+          counters_(on(), most_counters * static_cast<index>(sizeof(unsigned))),
+          table_(on()),
+          recordings_(on()) {}
 
     /// Activations between the two kernels of a feed-forward network, results of kda_mix and of the router, partial
     /// results of split attention.
@@ -83,26 +56,15 @@ public:
         if (options.precision == precision::fast) {
             many = cuda_prefill::scratch_bytes(l) + l.rows * l.columns * static_cast<index>(sizeof(float));
         }
+        const index edges = 3 * cuda_launch::short_conv_edges(number(l.rows)) * l.taps * l.heads * l.head_dim *
+                            static_cast<index>(sizeof(float));
         const index mixed = l.rows * l.heads * (l.head_dim + l.head_dim / 32) * static_cast<index>(sizeof(float));
         const index routed = l.rows * (l.experts + 2 * l.chosen + l.columns / 2) * static_cast<index>(sizeof(float));
-        return hidden + mixed + routed + partial + many + 16 * arena::alignment;
-    }
-
-    // Weights.
-    [[nodiscard]] matrix bind(const matrix_view& source, const std::shared_ptr<const void>&) {
-        const detail::device_guard here(device_->ordinal());
-        if (!uploader_) uploader_.emplace(device_);
-        return uploader_->upload(source);
-    }
-    [[nodiscard]] vector bind(const std::vector<float>& values) {
-        const auto bytes = static_cast<index>(values.size() * sizeof(float));
-        auto memory = std::make_shared<cuda_buffer>(device_, bytes);
-        upload(memory->data(), reinterpret_cast<const std::byte*>(values.data()), bytes);
-        return {std::move(memory), static_cast<index>(values.size())};
+        return hidden + mixed + edges + routed + partial + many + 16 * arena::alignment;
     }
 
     [[nodiscard]] index prefill_from() const {
-        return device_->precision() == precision::exact ? std::numeric_limits<index>::max() : 32;
+        return on()->precision() == precision::exact ? std::numeric_limits<index>::max() : 32;
     }
 
     /// Runs pass(), a function of `b` that enqueues operations and returns where their results lie. The batch is
@@ -110,7 +72,7 @@ public:
     /// So a pass may depend on nothing but the shape of the batch and what is in device memory.
     template <class Pass>
     auto graph(const batch& b, Pass&& pass) {
-        const detail::device_guard here(device_->ordinal());
+        const detail::device_guard here(on()->ordinal());
         if (!table_.upload(b)) recordings_.clear();
         struct done {
             cuda_batch_table& table;
@@ -144,10 +106,7 @@ public:
     void norm_matmul(view<const float, 2> x, view<const float, 1> norm, float epsilon,
                      std::initializer_list<linear<matrix>> products) {
         if (many(x)) {
-            const arena::scope scope(workspace());
-            const auto normed = workspace().take<float>(x.extent[0], x.extent[1]);
-            rms_norm({x, norm, epsilon, normed});
-            prefill().multiply(normed, products);
+            prefill().multiply(x, products, {norm.data, epsilon});
             return;
         }
         cuda_launch::matvec_args a = input(x);
@@ -158,6 +117,10 @@ public:
     }
 
     void matmul_heads(const matmul_heads_args<matrix>& a) {
+        if (on()->precision() == precision::fast && cuda_prefill::serves_heads(a)) {
+            prefill().multiply_heads(a);
+            return;
+        }
         cuda_launch::matvec_args to{};
         to.x = a.x.data;
         to.x_row = a.x.stride[0];
@@ -172,10 +135,50 @@ public:
     }
 
     void short_conv(const short_conv_args& a) {
-        call("short_conv", cuda_launch::short_conv({a.x.data, a.x.stride[0], a.taps.data, table_.segments(a.segments),
-                                                    number(std::ssize(a.segments)), a.which, number(a.layer),
-                                                    number(a.x.extent[1]), plain(a.layout)},
+        const arena::scope scope(workspace());
+        const index longest = longest_of(a.segments);
+        call("short_conv", cuda_launch::short_conv(
+                               {rows(a.x), a.taps.data, table_.segments(a.segments), number(std::ssize(a.segments)),
+                                number(longest), conv_edges(workspace(), longest, a.x.extent[0], 1, a.layout), a.which,
+                                number(a.layer), plain(a.layout)},
+                               stream()));
+    }
+
+    void kda_inputs(const kda_inputs_args& a) {
+        const arena::scope scope(workspace());
+        const index longest = longest_of(a.segments), n = a.q.extent[0];
+        call("kda_inputs", cuda_launch::kda_inputs({{rows(a.q), rows(a.k), rows(a.v)},
+                                                    {a.taps_q.data, a.taps_k.data, a.taps_v.data},
+                                                    rows(a.log_decay),
+                                                    rows(a.beta),
+                                                    a.a.data,
+                                                    a.dt_bias.data,
+                                                    a.epsilon,
+                                                    table_.segments(a.segments),
+                                                    number(std::ssize(a.segments)),
+                                                    number(longest),
+                                                    conv_edges(workspace(), longest, n, 3, a.layout),
+                                                    number(n),
+                                                    number(a.layer),
+                                                    plain(a.layout)},
                                                    stream()));
+    }
+
+    void keep(const keep_args& a) {
+        index most = 0;
+        for (const segment& s : a.segments) {
+            if (s.kept != nullptr) most = std::max(most, std::min(s.rows, s.kept_capacity));
+        }
+        if (most == 0) return;
+        const auto part = [](view<const float, 2> v) -> cuda_launch::keep_args::part {
+            return {v.data, v.stride[0], number(v.extent[1])};
+        };
+        call("keep", cuda_launch::keep({{part(a.q), part(a.k), part(a.v), part(a.decay_low), part(a.beta)},
+                                        table_.segments(a.segments),
+                                        number(std::ssize(a.segments)),
+                                        number(most),
+                                        number(a.layer)},
+                                       stream()));
     }
 
     void l2_norm(const l2_norm_args& a) {
@@ -218,10 +221,17 @@ public:
                                                stream()));
     }
 
+    /// Whether kda_mix is for such a batch: few sequences, token by token. With precision::exact the layer is composed,
+    /// so that a replay gives its bits again.
+    [[nodiscard]] bool mixes(const batch& rows) const {
+        return on()->precision() == precision::fast && rows.rows() < cuda_prefill::rows_from &&
+               rows.at_least(prefill_from()).empty();
+    }
+
     void kda_mix(const kda_mix_args<matrix>& a) {
         const arena::scope scope(workspace());
         const index n = a.x.extent[0], slabs = a.layout.head_dim / 32;
-        const bool codes = n < cuda_prefill::rows_from && quantise(a.layout.channels()) == 1 && is_integer(a.out);
+        const bool codes = quantise(a.layout.channels()) == 1 && is_integer(a.out);
         const index units = a.layout.channels() / 32, code_bytes = cuda_launch::code_row_bytes(number(units));
         const auto out = workspace().take<float>(codes ? 0 : n, a.layout.channels());
         const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
@@ -257,13 +267,6 @@ public:
                                               number(a.layer),
                                               plain(a.layout)},
                                              stream()));
-        if (!codes && many(out)) {
-            call("kda_mix", cuda_launch::head_norm({out.data, squares.data, number(n), number(a.layout.heads),
-                                                    number(a.layout.head_dim), number(slabs), a.epsilon},
-                                                   stream()));
-            prefill().multiply(out, {{a.out, a.x, true}});
-            return;
-        }
         cuda_launch::matvec_args project = input(out);
         project.before = codes ? cuda_launch::prologue::codes : cuda_launch::prologue::head_norm;
         project.codes = coded.data;
@@ -300,12 +303,12 @@ public:
         const auto partial = workspace().take<float>(partial_floats(heads, rank));
         // With `exact`, how the cache is split does not depend on what else is in the batch.
         const index at_once = attend_blocks / exact_splits;
-        const index step = device_->precision() == precision::exact ? at_once : attend_blocks;
+        const index step = on()->precision() == precision::exact ? at_once : attend_blocks;
         for (index r = 0; r < count; r += step) {
             const index rows = std::min(step, count - r);
-            const index splits = device_->precision() == precision::exact
+            const index splits = on()->precision() == precision::exact
                                      ? exact_splits
-                                     : std::clamp<index>(device_->multiprocessors() / rows, 1, attend_blocks / rows);
+                                     : std::clamp<index>(on()->multiprocessors() / rows, 1, attend_blocks / rows);
             call("latent_attend", cuda_launch::latent_attend({a.q_latent.data,
                                                               a.q_position.data,
                                                               a.q_latent.stride[0],
@@ -316,7 +319,7 @@ public:
                                                               a.out.stride[0],
                                                               a.out.stride[1],
                                                               a.scale,
-                                                              device_->precision() == precision::fast ? 1 : 0,
+                                                              on()->precision() == precision::fast ? 1 : 0,
                                                               number(heads),
                                                               number(rank),
                                                               number(a.layer),
@@ -357,27 +360,35 @@ public:
         const cuda_launch::route_args route{
             logits.data,       logits.stride[0], a.bias.data,     chosen.data,      weights.data, chosen.stride[0],
             weights.stride[0], number(n),        number(experts), number(a.chosen), a.scale};
-        const bool one_kernel = a.router.on_device.type == cuda_launch::layout::f32 && n < cuda_prefill::rows_from;
-        const bool codes = one_kernel && quantise(a.x.extent[1]) == 1 && is_integer(a.gate) && is_integer(a.up) &&
+        const bool many_rows = many(a.x);
+        const bool one_kernel =
+            a.router.on_device.type == cuda_launch::layout::f32 && (n < 16 || on()->precision() == precision::exact);
+        const bool codes = one_kernel && !many_rows && quantise(a.x.extent[1]) == 1 && is_integer(a.gate) &&
+                           is_integer(a.up) &&
                            (a.shared_gate == nullptr || (is_integer(*a.shared_gate) && is_integer(*a.shared_up)));
         const index code_bytes = cuda_launch::code_row_bytes(number((a.x.extent[1] + 31) / 32));
         const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
+        const auto h = workspace().take<float>(many_rows ? n : 0, a.x.extent[1]);
+        if (many_rows) rms_norm({a.x, a.norm, a.epsilon, h});
         if (one_kernel) {
             call("route", cuda_launch::choose({a.x.data, a.x.stride[0], a.norm.data, a.epsilon, a.router.on_device,
                                                logits.data, codes ? coded.data : nullptr, counters(n), route},
                                               stream()));
+        } else if (many_rows && n >= 128 && a.router.on_device.type == cuda_launch::layout::f32) {
+            prefill().multiply(h, {{a.router, logits}});
+            call("route", cuda_launch::route(route, stream()));
         } else {
-            cuda_launch::matvec_args product = input(a.x);  // never rounded: a choice hangs on it
-            product.before = cuda_launch::prologue::rms_norm;
-            product.norm = a.norm.data;
-            product.epsilon = a.epsilon;
-            product.quantise = 0;
+            cuda_launch::matvec_args product = input(many_rows ? view<const float, 2>(h) : a.x);
+            if (!many_rows) {
+                product.before = cuda_launch::prologue::rms_norm;
+                product.norm = a.norm.data;
+                product.epsilon = a.epsilon;
+            }
+            product.quantise = 0;  // a choice hangs on it
             multiply(product, {{a.router, logits}});
             call("route", cuda_launch::route(route, stream()));
         }
-        if (many(a.x)) {
-            const auto h = workspace().take<float>(n, a.x.extent[1]);
-            rms_norm({a.x, a.norm, a.epsilon, h});
+        if (many_rows) {
             prefill().feed_forward(chosen_networks({h, a.gate, a.up, a.down, a.x, true}, chosen, weights));
             if (a.shared_gate != nullptr) swiglu({h, *a.shared_gate, *a.shared_up, *a.shared_down, a.x, true});
             return;
@@ -416,7 +427,7 @@ private:
 
     /// Whether products with these rows are computed on tensor cores.
     [[nodiscard]] bool many(view<const float, 2> x) const {
-        return device_->precision() == precision::fast && cuda_prefill::serves(x);
+        return on()->precision() == precision::fast && cuda_prefill::serves(x);
     }
     [[nodiscard]] cuda_prefill prefill() { return {workspace(), stream()}; }
 
@@ -429,7 +440,7 @@ private:
 
     /// Where operations go, for the calling thread as well: kernels start on its current device.
     [[nodiscard]] cudaStream_t stream() const {
-        detail::check(cudaSetDevice(device_->ordinal()), "GPU");
+        detail::check(cudaSetDevice(on()->ordinal()), "GPU");
         return recordings_.stream();
     }
     /// Whether kernels multiply these weights with activations of 8 bits.
@@ -437,14 +448,7 @@ private:
 
     /// Whether activations of that width may be rounded to 8 bits: low-rank gates and decays are not, nor are heads.
     [[nodiscard]] int quantise(index columns) const {
-        return device_->precision() == precision::fast && columns > 128 ? 1 : 0;
-    }
-
-    void copy(std::byte* to, const std::byte* from, index bytes, cudaMemcpyKind kind) const {
-        if (bytes == 0) return;
-        const detail::device_guard here(device_->ordinal());
-        detail::check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), kind, device_->stream()), "GPU");
-        detail::check(cudaStreamSynchronize(device_->stream()), "GPU");
+        return on()->precision() == precision::fast && columns > 128 ? 1 : 0;
     }
 
     [[nodiscard]] cuda_launch::matvec_args input(view<const float, 2> x) const {
@@ -484,13 +488,9 @@ private:
         call("experts", cuda_launch::experts(a, stream()));
     }
 
-    std::shared_ptr<device> device_;
-    buffer memory_;
     buffer counters_;
-    arena workspace_;
     cuda_batch_table table_;
     cuda_recordings recordings_;
-    std::optional<cuda_uploader> uploader_;
 };
 
 static_assert(backend<cuda>);

@@ -12,7 +12,7 @@
 
 namespace keel::inline KEEL_ABI {
 
-/// kda_mix: all of a KDA layer behind its first products, for segments that are short enough for the recurrence:
+/// kda_mix: all of a KDA layer behind its first products, for batches that mixes(batch) says yes to:
 ///   convolution, unit length, low-rank decay and gate, recurrence, gated norm;   x += W_out (that)
 template <class Matrix>
 struct kda_mix_args {
@@ -32,6 +32,21 @@ struct kda_mix_args {
     std::span<const segment> segments;
     const memory_layout& layout;
     view<float, 2> x;  // (n, hidden), the residual stream
+};
+
+/// kda_inputs: all that prepares the inputs of the recurrence, in place:
+///   q, k, v = silu(conv(.)), q and k of unit length;   g = a softplus(f + dt_bias);   beta = sigmoid(.)
+struct kda_inputs_args {
+    view<float, 2> q, k, v;                       // (n, C)
+    view<const float, 2> taps_q, taps_k, taps_v;  // (C, K)
+    view<float, 2> log_decay;                     // (n, C): f on entry
+    view<float, 2> beta;                          // (n, H)
+    view<const float, 1> a;                       // (H)
+    view<const float, 1> dt_bias;                 // (C)
+    float epsilon;                                // of the lengths
+    index layer;                                  // among the KDA layers
+    std::span<const segment> segments;
+    const memory_layout& layout;
 };
 
 /// moe: a sparse layer with its residual, from the norm on:

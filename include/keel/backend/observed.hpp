@@ -47,6 +47,8 @@ public:
     template <class... Anything>
     void norm_matmul(const Anything&...) = delete;
     template <class... Anything>
+    void kda_inputs(const Anything&...) = delete;
+    template <class... Anything>
     void kda_mix(const Anything&...) = delete;
     template <class... Anything>
     void moe(const Anything&...) = delete;

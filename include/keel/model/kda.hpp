@@ -33,14 +33,18 @@ void kda_recurrence(B& b, const config& c, const kda_weights<B>& w, const kda_in
     const auto decay = b.workspace().template take<float>(in.q.extent[0], c.channels());
     b.matmul(in.decay_low, {{w.decay_up, decay}});
 
-    b.short_conv({in.q, w.taps(w.conv_q, c), 0, layer, rows.segments, *rows.layout});
-    b.short_conv({in.k, w.taps(w.conv_k, c), 1, layer, rows.segments, *rows.layout});
-    b.short_conv({in.v, w.taps(w.conv_v, c), 2, layer, rows.segments, *rows.layout});
-
     const auto heads = [&](view<float, 2> of) { return of.split(c.head_dim); };
-    b.l2_norm({heads(in.q), c.epsilon});
-    b.l2_norm({heads(in.k), c.epsilon});
-    b.kda_gates({heads(decay), in.beta, w.a, w.dt_bias});
+    if constexpr (requires(kda_inputs_args fused) { b.kda_inputs(fused); }) {
+        b.kda_inputs({in.q, in.k, in.v, w.taps(w.conv_q, c), w.taps(w.conv_k, c), w.taps(w.conv_v, c), decay, in.beta,
+                      w.a, w.dt_bias, c.epsilon, layer, rows.segments, *rows.layout});
+    } else {
+        b.short_conv({in.q, w.taps(w.conv_q, c), 0, layer, rows.segments, *rows.layout});
+        b.short_conv({in.k, w.taps(w.conv_k, c), 1, layer, rows.segments, *rows.layout});
+        b.short_conv({in.v, w.taps(w.conv_v, c), 2, layer, rows.segments, *rows.layout});
+        b.l2_norm({heads(in.q), c.epsilon});
+        b.l2_norm({heads(in.k), c.epsilon});
+        b.kda_gates({heads(decay), in.beta, w.a, w.dt_bias});
+    }
 
     const auto recur = [&](std::span<const segment> segments) -> kda_args {
         return {heads(in.q), heads(in.k), heads(in.v),  heads(decay), in.beta,
@@ -73,7 +77,7 @@ void kda(B& b, const config& c, const kda_weights<B>& w, view<const float, 1> no
         b.keep({in.q, in.k, in.v, in.decay_low, in.beta, layer, rows.segments, *rows.layout});
     }
     if constexpr (requires(kda_mix_args<typename B::matrix> fused) { b.kda_mix(fused); }) {
-        if (rows.at_least(b.prefill_from()).empty()) {
+        if (b.mixes(rows)) {
             b.kda_mix({in.q,
                        in.k,
                        in.v,

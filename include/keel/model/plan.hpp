@@ -88,7 +88,7 @@ private:
 }  // namespace detail
 
 /// Rows whose logits are projected together; it bounds the workspace that logits take.
-inline constexpr index logits_rows = 32;
+inline constexpr index logits_rows = 64;
 
 /// Bytes of workspace that a backend needs for batches of up to `rows` rows of sequences up to `context` tokens.
 template <backend B>
@@ -111,6 +111,21 @@ index workspace_bytes(const config& c, const backend_options& options, index row
 inline index weight_bytes(const gguf& file) {
     index bytes = 0;
     for (const tensor_info& t : file.tensors()) bytes += static_cast<index>(t.data.size());
+    return bytes;
+}
+
+/// Bytes that a backend keeps them in: those of the file, unless it repacks quantised rows.
+template <backend B>
+index weight_bytes_of(const gguf& file) {
+    index bytes = weight_bytes(file);
+    if constexpr (requires { B::record_bytes(dtype{}, index{}); }) {
+        for (const tensor_info& t : file.tensors()) {
+            if (t.type->block_elements == 1) continue;
+            const index in_file = static_cast<index>(t.data.size());
+            const index row = t.dims[0] / t.type->block_elements * t.type->block_bytes;
+            bytes += in_file / row * B::record_bytes(static_cast<dtype>(t.type_id), t.dims[0]) - in_file;
+        }
+    }
     return bytes;
 }
 

@@ -3,9 +3,11 @@
 // From the argument structs of concept.hpp to those of launch.hpp. For the host compiler.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <span>
 #include <string_view>
 
 #include <cuda_runtime_api.h>
@@ -15,6 +17,7 @@
 #include <keel/backend/cuda/launch.hpp>
 #include <keel/backend/cuda/memory.hpp>
 #include <keel/backend/cuda/upload.hpp>
+#include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/error.hpp>
 #include <keel/core/view.hpp>
@@ -35,6 +38,22 @@ protected:
         return {number(l.heads),      number(l.head_dim),     number(l.taps),
                 number(l.mla_layers), number(l.latent_width), l.cache == dtype::f16 ? 1 : 0,
                 l.layer_floats()};
+    }
+
+    /// Rows of the longest segment.
+    static index longest_of(std::span<const segment> segments) {
+        index longest = 0;
+        for (const segment& s : segments) longest = std::max(longest, s.rows);
+        return longest;
+    }
+
+    static cuda_launch::activation_rows rows(view<float, 2> x) { return {x.data, x.stride[0]}; }
+
+    /// Room for what lies before the tiles of `parts` convolutions of n rows, if there is more than one tile.
+    static float* conv_edges(arena& workspace, index longest, index n, index parts, const memory_layout& layout) {
+        if (longest <= cuda_launch::short_conv_tile) return nullptr;
+        return workspace.take<float>(parts * cuda_launch::short_conv_edges(number(n)), layout.taps, layout.channels())
+            .data;
     }
 
     /// Throws what starting an operation's kernels returned.

@@ -67,16 +67,24 @@ __device__ inline int lanes_sum(int x) {
     return x;
 }
 
-/// Sum over the block, in all threads. Ends with a barrier behind which it may be called again.
-__device__ inline float block_sum(float x) {
+/// What op(x) makes of the warps' x, each again made by op(x) of its lanes', in all threads; `none` is the x of no
+/// warp. Ends with a barrier behind which it may be called again.
+template <class Op>
+__device__ inline float over_block(float x, float none, Op&& op) {
     __shared__ float of_warp[warp_size];
     const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    x = lanes_sum(x);
+    x = op(x);
     if (lane == 0) of_warp[warp] = x;
     __syncthreads();
-    x = lanes_sum(lane < blockDim.x / warp_size ? of_warp[lane] : 0.0f);
+    x = op(lane < blockDim.x / warp_size ? of_warp[lane] : none);
     __syncthreads();
     return x;
+}
+__device__ inline float block_sum(float x) {
+    return over_block(x, 0.0f, [](float y) { return lanes_sum(y); });
+}
+__device__ inline float block_max(float x) {
+    return over_block(x, -INFINITY, [](float y) { return lanes_max(y); });
 }
 
 __device__ inline float sigmoid(float x) {
@@ -142,6 +150,16 @@ __device__ inline float4 load_four(const float* p, int i, int n) {
     v.z = i + 2 < n ? p[i + 2] : 0.0f;
     v.w = i + 3 < n ? p[i + 3] : 0.0f;
     return v;
+}
+
+/// 1 / rms of a row, in all threads.
+__device__ inline float inverse_rms_of(const float* x, int columns, float epsilon) {
+    float squares = 0;
+    for (int i = 4 * threadIdx.x; i < columns; i += 4 * blockDim.x) {
+        const float4 v = load_four(x, i, columns);
+        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    return 1.0f / sqrtf(block_sum(squares) / static_cast<float>(columns) + epsilon);
 }
 
 }  // namespace keel::cuda_kernels

@@ -2,8 +2,8 @@
 //
 // Gated feed-forward networks of many rows, one or a choice of many. With a choice, rows are sorted by expert first:
 // every (row, slot) gets a position, those of an expert are consecutive and begin on a multiple of 8, and each expert
-// has a tile for every 128 of its positions. Where a position lies in a tile changes no bit of its results, so the
-// order within an expert does not matter.
+// has a tile for every 128 of its positions, or for every 16 where there are few rows. Where a position lies in a tile
+// changes no bit of its results, so the order within an expert does not matter.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <keel/backend/cuda/few_rows.cuh>
 #include <keel/backend/cuda/gemm.cuh>
 #include <keel/backend/cuda/launch_prefill.hpp>
 
 namespace keel::cuda_launch::detail {
-
-/// silu(gate) up is kept as halves of this part of it: up to a million does not overflow.
-inline constexpr float hidden_factor = 0.0625f;
 
 inline constexpr int most_experts = 1024;
 
@@ -29,20 +27,23 @@ struct expert_order {
     int* tile_count;
 
     static int positions(int pairs, int experts) { return pairs + 7 * experts; }
-    static int most_tiles(int pairs, int experts) { return pairs / tile_rows + std::min(experts, pairs); }
+    static int most_tiles(int pairs, int experts, int rows_of_tile) {
+        return pairs / rows_of_tile + std::min(experts, pairs);
+    }
 };
 
 /// One block of 1024 threads.
-__global__ void __launch_bounds__(1024)
-    sort_kernel(const int* chosen, long long chosen_row, int rows, int k, int experts, expert_order order) {
+__global__ void __launch_bounds__(1024) sort_kernel(const int* chosen, long long chosen_row, int rows, int k,
+                                                    int experts, int rows_of_tile, expert_order order) {
     __shared__ int count[most_experts], next[most_experts], sums[2][32];
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    cuda_kernels::wait_for_previous();
     count[thread] = 0;
     __syncthreads();
     for (int i = thread; i < rows * k; i += 1024) atomicAdd(&count[chosen[i / k * chosen_row + i % k]], 1);
     __syncthreads();
     const int mine = thread < experts ? count[thread] : 0;
-    const int places = (mine + 7) / 8 * 8, tiles = (mine + tile_rows - 1) / tile_rows;
+    const int places = (mine + 7) / 8 * 8, tiles = (mine + rows_of_tile - 1) / rows_of_tile;
     int before_places = places, before_tiles = tiles;  // running sums
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
@@ -54,7 +55,8 @@ __global__ void __launch_bounds__(1024)
     for (int w = 0; w < warp; ++w) before_places += sums[0][w], before_tiles += sums[1][w];
     before_places -= places, before_tiles -= tiles;
     for (int i = 0; i < tiles; ++i) {
-        order.tiles[before_tiles + i] = {thread, before_places + i * tile_rows, min(tile_rows, mine - i * tile_rows)};
+        const int first = i * rows_of_tile;
+        order.tiles[before_tiles + i] = {thread, before_places + first, min(rows_of_tile, mine - first)};
     }
     if (thread == 1023) *order.tile_count = before_tiles + tiles;
     for (int i = mine; i < places; ++i) order.pair[before_places + i] = -1;
@@ -75,7 +77,10 @@ __global__ void __launch_bounds__(256)
     if (pair >= pairs) return;
     const int at = position[pair], row = pair / k;
     if (lane == 0) to.scale[at] = from.scale[row];
-    for (int i = lane; i < 16 * from.groups; i += 32) *to.piece(i / 16, at, i % 16) = *from.piece(i / 16, row, i % 16);
+    for (int i = lane; i < 16 * from.groups * from.planes; i += 32) {
+        const int plane = i / 16 / from.groups, group = i / 16 % from.groups;
+        *to.piece(plane, group, at, i % 16) = *from.piece(plane, group, row, i % 16);
+    }
 }
 
 struct gated_arguments {
@@ -86,7 +91,7 @@ struct gated_arguments {
     prepared hidden;
 };
 
-template <int N, layout L>
+template <int N, layout L, int Planes>
 __device__ void gated_tile(const gated_arguments& args, const row_tile& tile, int first_row, const block_state& block) {
     const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, quad = thread % 4;
     const int mine = thread / 128 * 64 + thread % 128 / 32 * 16 + group;
@@ -98,38 +103,40 @@ __device__ void gated_tile(const gated_arguments& args, const row_tile& tile, in
         from[1][r] = args.up.data + row * static_cast<std::size_t>(args.up.row_bytes);
     }
     float acc[2][N / 8][4] = {};
-    multiply_tile<N, L>(acc, from, args.gate.columns, args.x, tile.first, block);
+    multiply_tile<N, L, Planes>(acc, from, args.gate.columns, args.x, tile.first, block);
 
     // The 128 rows are a group of the next product: collect it in shared memory, then write it out whole.
-    __syncthreads();
-    unsigned char* const stage = block.stages;
+    for (int plane = 0; plane < args.hidden.planes; ++plane) {
+        __syncthreads();
+        unsigned char* const stage = block.stages;
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
+        for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int token = 8 * j + 2 * quad + e;
-            const float scale = token < tile.rows ? args.x.scale[tile.first + token] : 0.0f;
+            for (int e = 0; e < 2; ++e) {
+                const int token = 8 * j + 2 * quad + e;
+                const float scale = token < tile.rows ? args.x.scale[tile.first + token] : 0.0f;
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float gate = acc[0][j][2 * r + e] * scale, up = acc[1][j][2 * r + e] * scale;
-                const float y = gate / (1.0f + __expf(-gate)) * up * hidden_factor;
-                const int i = mine + 8 * r, step = i % 16 / 2, piece = step % 4 * 2 + i % 32 / 16;
-                auto* const to = reinterpret_cast<__half*>(stage + j * eight_bytes + step / 4 * 1024 + token % 8 * 128 +
-                                                           (piece ^ token % 8) * 16);
-                to[i / 32 * 2 + i % 2] = __float2half_rn(
-                    first_row + i < args.gate.rows && token < tile.rows ? fminf(fmaxf(y, -65504.0f), 65504.0f) : 0.0f);
+                for (int r = 0; r < 2; ++r) {
+                    const float gate = acc[0][j][2 * r + e] * scale, up = acc[1][j][2 * r + e] * scale;
+                    const int i = mine + 8 * r, step = i % 16 / 2, piece = step % 4 * 2 + i % 32 / 16;
+                    auto* const to = reinterpret_cast<__half*>(stage + j * eight_bytes + step / 4 * 1024 +
+                                                               token % 8 * 128 + (piece ^ token % 8) * 16);
+                    to[i / 32 * 2 + i % 2] = first_row + i < args.gate.rows && token < tile.rows
+                                                 ? gated_half(gate, up, plane)
+                                                 : __half(0.0f);
+                }
             }
         }
+        __syncthreads();
+        uint4* const to = reinterpret_cast<uint4*>(args.hidden.tile(plane, first_row / group_columns, tile.first));
+        const int pieces = (tile.rows + 7) / 8 * (eight_bytes / 16);
+        for (int i = thread; i < pieces; i += 256) to[i] = reinterpret_cast<const uint4*>(stage)[i];
     }
-    __syncthreads();
-    uint4* const to = reinterpret_cast<uint4*>(args.hidden.tile(first_row / group_columns, tile.first));
-    const int pieces = (tile.rows + 7) / 8 * (eight_bytes / 16);
-    for (int i = thread; i < pieces; i += 256) to[i] = reinterpret_cast<const uint4*>(stage)[i];
     if (first_row == 0 && thread < tile.rows) args.hidden.scale[tile.first + thread] = 1.0f / hidden_factor;
 }
 
 /// Grid: (groups of 128 rows of W, tiles).
-template <layout L>
+template <layout L, int Planes>
 __global__ void __launch_bounds__(256, 1) gated_kernel(const __grid_constant__ gated_arguments args) {
     row_tile tile, later;
     if (!args.tiles.get(static_cast<int>(blockIdx.y), tile)) return;
@@ -139,12 +146,13 @@ __global__ void __launch_bounds__(256, 1) gated_kernel(const __grid_constant__ g
         fetch_ahead(threadIdx.x == 0 ? args.gate : args.up, later.matrix, first_row, group_columns);
     }
     const block_state block = start_block(args.depth);
-    visit_tile(tile.rows, [&]<int N>() { gated_tile<N, L>(args, tile, first_row, block); });
+    visit_tile<Planes>(tile.rows, [&]<int N>() { gated_tile<N, L, Planes>(args, tile, first_row, block); });
 }
 
 /// out[row] = or += sum of weights[row][slot] y[row k + slot], slot by slot. Grid: (columns / 1024, rows).
 __global__ void __launch_bounds__(256) join_kernel(const float* y, const float* weights, long long weights_row, int k,
                                                    int columns, float* out, long long out_row, int accumulate) {
+    cuda_kernels::wait_for_previous();
     const int column = (static_cast<int>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x)) * 4;
     const long long row = blockIdx.y;
     if (column >= columns) return;
@@ -165,19 +173,20 @@ __global__ void __launch_bounds__(256) join_kernel(const float* y, const float* 
 /// Where things lie in the workspace.
 struct feed_forward_plan {
     std::size_t used = 0;
-    std::size_t rows, sorted, hidden, outputs, pair, position, tiles, tile_count;
+    std::size_t rows, hidden, sorted = 0, outputs = 0, pair = 0, position = 0, tiles = 0, tile_count = 0;
 
-    feed_forward_plan(int count, int k, int experts, int hidden_columns, int width) {
+    feed_forward_plan(int count, int k, int experts, int hidden_columns, int width, int planes) {
         const int pairs = count * k;
         const int positions = experts == 0 ? count : expert_order::positions(pairs, experts);
-        rows = take(prepared::bytes(count, hidden_columns));
-        hidden = take(prepared::bytes(positions, width));
+        rows = take(prepared::bytes(count, hidden_columns, planes));
+        hidden = take(prepared::bytes(positions, width, planes));
         if (experts == 0) return;
-        sorted = take(prepared::bytes(positions, hidden_columns));
+        sorted = take(prepared::bytes(positions, hidden_columns, planes));
         outputs = take(static_cast<std::size_t>(pairs) * static_cast<std::size_t>(hidden_columns) * sizeof(float));
         pair = take(static_cast<std::size_t>(positions) * sizeof(int));
         position = take(static_cast<std::size_t>(pairs) * sizeof(int));
-        tiles = take(static_cast<std::size_t>(expert_order::most_tiles(pairs, experts)) * sizeof(row_tile));
+        tiles =
+            take(static_cast<std::size_t>(expert_order::most_tiles(pairs, experts, few_list_rows)) * sizeof(row_tile));
         tile_count = take(sizeof(int));
     }
 
@@ -193,8 +202,8 @@ private:
 
 namespace keel::cuda_launch {
 
-inline std::size_t feed_forward_bytes(int rows, int k, int experts, int hidden, int width) {
-    return detail::feed_forward_plan(rows, k, experts, hidden, width).used;
+inline std::size_t feed_forward_bytes(int rows, int k, int experts, int hidden, int width, int planes) {
+    return detail::feed_forward_plan(rows, k, experts, hidden, width, planes).used;
 }
 
 inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stream) {
@@ -205,46 +214,66 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
     if (args.gate.type != args.up.type || experts > most_experts || (choice && hidden % 4 != 0)) {
         return cudaErrorNotSupported;
     }
-    const feed_forward_plan plan(args.rows, args.k, experts, hidden, width);
+    const int planes = planes_for(args.gate.type), inner_planes = planes_for(args.down.type);
+    const feed_forward_plan plan(args.rows, args.k, experts, hidden, width, std::max(planes, inner_planes));
     unsigned char* const memory = static_cast<unsigned char*>(args.workspace);
-    const int pairs = args.rows * args.k;
-    const int positions = choice ? expert_order::positions(pairs, experts) : args.rows;
-    prepared x(memory + plan.rows, args.rows, hidden);
-    const prepared inner(memory + plan.hidden, positions, width);
-    cudaError_t error = prepare_rows(args.x, args.x_row, args.rows, hidden, x, stream);
-    if (error != cudaSuccess) return error;
-
-    const int blocks = groups_of(width);
-    tiling tiles = all_rows(args.rows, blocks);
-    int most_tiles = (args.rows + tiles.at_once - 1) / tiles.at_once;
-    expert_order order{};
-    if (choice) {
-        order = {reinterpret_cast<int*>(memory + plan.pair), reinterpret_cast<int*>(memory + plan.position),
-                 reinterpret_cast<row_tile*>(memory + plan.tiles), reinterpret_cast<int*>(memory + plan.tile_count)};
-        sort_kernel<<<1, 1024, 0, stream>>>(args.chosen, args.chosen_row, args.rows, args.k, experts, order);
-        const prepared sorted(memory + plan.sorted, positions, hidden);
-        spread_kernel<<<static_cast<unsigned>((pairs + 7) / 8), 256, 0, stream>>>(x, sorted, order.position, pairs,
-                                                                                  args.k);
-        x = sorted;
-        tiles = {order.tiles, order.tile_count, 0, 0};
-        most_tiles = expert_order::most_tiles(pairs, experts);
-    }
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(most_tiles));
-    error = visit_layout(args.gate.type, [&]<layout L>() {
-        return start_products(gated_kernel<L>, grid, gated_arguments{x, tiles, 0, args.gate, args.up, inner}, stream);
-    });
-    if (error != cudaSuccess) return error;
-
+    const int pairs = args.rows * args.k, positions = choice ? expert_order::positions(pairs, experts) : args.rows;
+    const bool few = choice ? pairs <= few_list_rows / 2 * experts : args.rows <= few_most;
+    const expert_order order{reinterpret_cast<int*>(memory + plan.pair), reinterpret_cast<int*>(memory + plan.position),
+                             reinterpret_cast<row_tile*>(memory + plan.tiles),
+                             reinterpret_cast<int*>(memory + plan.tile_count)};
     float* const outputs = reinterpret_cast<float*>(memory + plan.outputs);
     product_target down{args.down, args.out, args.out_row, args.accumulate, 0, 0};
-    if (choice) down = {args.down, outputs, hidden, 0, 0, 0};
-    const product_arguments arguments{inner, tiles, order.pair, 1.0f, 0, 0, {}};
-    error = start_all_products(arguments, &down, 1, most_tiles, stream);
+    tiling tiles{nullptr, nullptr, args.rows, few_tile_rows};
+    int most_tiles = tiles.tiles();
+    if (choice) {
+        const int rows_of_tile = few ? few_list_rows : tile_rows / std::max(planes, inner_planes);
+        const cudaError_t error = cuda_kernels::start(sort_kernel, dim3(1), 1024, 0, stream, args.chosen,
+                                                      args.chosen_row, args.rows, args.k, experts, rows_of_tile, order);
+        if (error != cudaSuccess) return error;
+        down = {args.down, outputs, hidden, 0, 0, 0};
+        tiles = {order.tiles, order.tile_count, 0, 0};
+        most_tiles = expert_order::most_tiles(pairs, experts, rows_of_tile);
+    }
+    cudaError_t error = cudaSuccess;
+    if (few) {
+        const fragment_rows x(memory + plan.rows, args.rows, hidden, planes);
+        const fragment_rows inner(memory + plan.hidden, positions, width, inner_planes);
+        error = prepare_rows({args.x, args.x_row, 0}, 1, args.rows, hidden, {}, x, stream);
+        if (error != cudaSuccess) return error;
+        error = start_few_gated({{x, tiles, choice ? order.pair : nullptr, args.k, 1}, args.gate, args.up, inner},
+                                most_tiles, stream);
+        if (error != cudaSuccess) return error;
+        error = start_few_products({{inner, tiles, nullptr, 1, 1}, choice ? order.pair : nullptr, 0, {}}, &down, 1,
+                                   most_tiles, stream);
+    } else {
+        prepared x(memory + plan.rows, args.rows, hidden, planes);
+        const prepared inner(memory + plan.hidden, positions, width, inner_planes);
+        error = prepare_rows({args.x, args.x_row, 0}, 1, args.rows, hidden, {}, x, stream);
+        if (error != cudaSuccess) return error;
+        const int blocks = groups_of(width);
+        if (choice) {
+            const prepared sorted(memory + plan.sorted, positions, hidden, planes);
+            spread_kernel<<<static_cast<unsigned>((pairs + 7) / 8), 256, 0, stream>>>(x, sorted, order.position, pairs,
+                                                                                      args.k);
+            x = sorted;
+        } else {
+            tiles = all_rows(args.rows, blocks, std::max(planes, inner_planes));
+            most_tiles = tiles.tiles();
+        }
+        const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(most_tiles));
+        error = visit_layout(args.gate.type, [&]<layout L>() {
+            return start_products(gated_kernel<L, planes_for(L)>, grid,
+                                  gated_arguments{x, tiles, 0, args.gate, args.up, inner}, stream);
+        });
+        if (error != cudaSuccess) return error;
+        const product_arguments arguments{inner, tiles, choice ? order.pair : nullptr, 1.0f, 0, 0, {}};
+        error = start_all_products(arguments, &down, 1, most_tiles, stream);
+    }
     if (error != cudaSuccess || !choice) return error;
-    join_kernel<<<dim3(static_cast<unsigned>((hidden + 1023) / 1024), static_cast<unsigned>(args.rows)), 256, 0,
-                  stream>>>(outputs, args.weights, args.weights_row, args.k, hidden, args.out, args.out_row,
-                            args.accumulate);
-    return cudaGetLastError();
+    return cuda_kernels::start(
+        join_kernel, dim3(static_cast<unsigned>((hidden + 1023) / 1024), static_cast<unsigned>(args.rows)), 256, 0,
+        stream, outputs, args.weights, args.weights_row, args.k, hidden, args.out, args.out_row, args.accumulate);
 }
 
 }  // namespace keel::cuda_launch

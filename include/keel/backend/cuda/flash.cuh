@@ -55,9 +55,10 @@ __global__ void __launch_bounds__(256) latent_kernel(const __grid_constant__ lat
         return args.layout.half ? __half2float(reinterpret_cast<const __half*>(row)[i])
                                 : reinterpret_cast<const float*>(row)[i];
     };
-    prepare_row(args.latents, at, args.rank, lane, [&](int i) {
+    const auto two = [&](int i) {
         return float2{i < args.rank ? element(i) : 0.0f, i + 1 < args.rank ? element(i + 1) : 0.0f};
-    });
+    };
+    prepare_row<32>(args.latents, at, args.rank, lane, two, [](float x) { return cuda_kernels::lanes_max(x); });
     for (int i = lane; i < width - args.rank; i += 32) {
         args.position_keys[static_cast<std::size_t>(at) * (width - args.rank) + i] =
             __float2half_rn(element(args.rank + i));
@@ -265,7 +266,7 @@ struct attend_plan {
         const auto n = static_cast<std::size_t>(positions), h = static_cast<std::size_t>(heads);
         key_up = take(h * static_cast<std::size_t>(key * rank) * sizeof(__half));
         sums = take(static_cast<std::size_t>(rows) * h * sizeof(float));
-        latents = take(prepared::bytes(positions, rank));
+        latents = take(prepared::bytes(positions, rank, 1));
         position_keys = take(n * static_cast<std::size_t>(latent_width - rank) * sizeof(__half));
         keys = take(n * h * static_cast<std::size_t>(key) * sizeof(__half));
         values = take(n * h * static_cast<std::size_t>(value) * sizeof(__half));
@@ -297,7 +298,7 @@ inline cudaError_t attend_round(const expanded_attend_args& args, const key_roun
     unsigned char* const memory = static_cast<unsigned char*>(args.workspace);
     const int heads = args.key_up.count, rank = args.key_up.rows, key = args.key_up.columns, value = args.value_up.rows;
     const int position_key = args.layout.latent_width - rank;
-    const prepared latents(memory + plan.latents, positions, rank);
+    const prepared latents(memory + plan.latents, positions, rank, 1);
     auto* const position_keys = reinterpret_cast<__half*>(memory + plan.position_keys);
     auto* const keys = reinterpret_cast<__half*>(memory + plan.keys);
     auto* const values = reinterpret_cast<__half*>(memory + plan.values);

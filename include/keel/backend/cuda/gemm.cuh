@@ -2,13 +2,6 @@
 //
 // Products of many rows of activations with quantised weights on tensor cores.
 //
-// Activations are converted once, to halves with a power of two per row, and laid out as products read them:
-//   values [groups of 128 columns][tiles of 8 rows][2 halves of the columns][8 rows][64 halves]
-// so that a block fetches 64 or 128 rows of a group with one copy of consecutive bytes. Within a group, the order of
-// columns is the one in which threads hold weights: thread c of four holds elements [32 c, 32 c + 32) of its row, a
-// unit of launch.hpp, and step s of 16 columns takes elements 2s, 2s+1, 16+2s, 17+2s of each of these four units. The
-// 16-byte pieces of a row are swizzled as wgmma.cuh says.
-//
 // A block of two warpgroups computes 256 rows of W with up to 128 rows of activations. Weights go from memory to
 // registers one group ahead, become halves there, and are the left operand: they never visit shared memory.
 #pragma once
@@ -22,92 +15,31 @@
 #include <keel/backend/cuda/halves.cuh>
 #include <keel/backend/cuda/launch_prefill.hpp>
 #include <keel/backend/cuda/mma.cuh>
+#include <keel/backend/cuda/prepared.cuh>
 #include <keel/backend/cuda/wgmma.cuh>
 
 namespace keel::cuda_launch::detail {
 
-inline constexpr int group_columns = 128;
-inline constexpr int tile_rows = 128;                      // of activations that a block works on
-inline constexpr int block_rows = 256;                     // of W that a block works on
-inline constexpr int eight_bytes = 8 * group_columns * 2;  // of 8 rows of a group
+inline constexpr int block_rows = 256;  // of W that a block works on
 inline constexpr int stage_bytes = tile_rows / 8 * eight_bytes;
-
-__host__ __device__ constexpr int groups_of(int columns) { return (columns + group_columns - 1) / group_columns; }
-
-/// Rows in the order and the type of products. There is room for tile_rows more, which a last tile may read.
-struct prepared {
-    unsigned char* values;
-    float* scale;  // a row times this is what was converted
-    int groups;
-    int eights;  // tiles of 8 rows of a group, room included
-
-    __host__ __device__ prepared(void* memory, int rows, int columns)
-        : scale(static_cast<float*>(memory)), groups(groups_of(columns)), eights((rows + tile_rows + 7) / 8) {
-        values = reinterpret_cast<unsigned char*>(scale) + (static_cast<std::size_t>(eights) * 32 + 1023) / 1024 * 1024;
-    }
-    __host__ __device__ static std::size_t bytes(int rows, int columns) {
-        const auto eights = static_cast<std::size_t>((rows + tile_rows + 7) / 8);
-        return (eights * 32 + 1023) / 1024 * 1024 + eights * static_cast<std::size_t>(groups_of(columns)) * eight_bytes;
-    }
-    __device__ unsigned char* tile(int group, int row) const {
-        return values + (static_cast<std::size_t>(group) * eights + row / 8) * eight_bytes;
-    }
-    /// Piece p (of 16) of a row's group: 8 halves.
-    __device__ uint4* piece(int group, int row, int p) const {
-        return reinterpret_cast<uint4*>(tile(group, row) + p / 8 * 1024 + row % 8 * 128) + (p % 8 ^ row % 8);
-    }
-};
-
-/// One warp converts one row: `at(column)` gives two neighbouring elements, of which those behind the end are 0.
-template <class At>
-__device__ void prepare_row(const prepared& out, int row, int columns, int lane, At&& at) {
-    float largest = 0;
-    for (int i = 2 * lane; i < columns; i += 64) {
-        const float2 x = at(i);
-        largest = fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y)));
-    }
-    for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
-    // The largest element lands between 1024 and 2048: far from overflow, and small ones keep their bits.
-    const int exponent = largest > 0x1p-100f && largest < 0x1p100f ? ilogbf(largest) - 10 : 0;
-    const float factor = ldexpf(1.0f, -exponent);
-    if (lane == 0) out.scale[row] = ldexpf(1.0f, exponent);
-    for (int group = lane / 16; group < out.groups; group += 2) {
-        const int p = lane % 16;
-        std::uint32_t pairs[4];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const float2 x = at(group * group_columns + 32 * c + 16 * (p % 2) + p / 2 * 2);
-            pairs[c] = pack(x.x * factor, x.y * factor);
-        }
-        *out.piece(group, row, p) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-    }
-}
-
-__global__ void __launch_bounds__(256)
-    prepare_kernel(const float* x, long long x_row, int rows, int columns, prepared out) {
-    const int row = static_cast<int>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x) / 32;
-    if (row >= rows) return;
-    const float* const from = x + row * x_row;
-    prepare_row(out, row, columns, static_cast<int>(threadIdx.x) % 32, [&](int i) {
-        return i + 1 < columns ? *reinterpret_cast<const float2*>(from + i)
-                               : float2{i < columns ? from[i] : 0.0f, 0.0f};
-    });
-}
 
 /// Rows of prepared activations that meet the same matrix.
 struct row_tile {
     int matrix, first, rows;
 };
 
-/// Which tiles a launch works on: those of a list on the device, or all rows of matrix 0, some at a time.
+/// Which tiles a launch works on: those of a list on the device, or all rows of each of the first `matrices` matrices,
+/// some at a time.
 struct tiling {
     const row_tile* list;
     const int* count;
-    int rows, at_once;
+    int rows, at_once, matrices = 1;
 
+    int tiles() const { return matrices * ((rows + at_once - 1) / at_once); }
     __device__ bool get(int i, row_tile& tile) const {
         if (list == nullptr) {
-            tile = {0, i * at_once, min(at_once, rows - i * at_once)};
+            const int first = i / matrices * at_once;
+            tile = {i % matrices, first, min(at_once, rows - first)};
             return tile.rows > 0;
         }
         if (i >= *count) return false;
@@ -116,11 +48,21 @@ struct tiling {
     }
 };
 
-/// All rows of one matrix, in tiles as large as leaves enough blocks to keep all multiprocessors busy.
-inline tiling all_rows(int rows, int blocks) {
-    int at_once = tile_rows;
-    while (at_once > 32 && (rows + at_once - 1) / at_once * blocks < 128) at_once /= 2;
-    return {nullptr, nullptr, rows, at_once};
+/// All rows of one matrix, in the tiles with which `blocks` blocks for each take the least time: waves of as many
+/// blocks as there are multiprocessors, and what a block does beside multiplying takes as long as some rows more.
+inline tiling all_rows(int rows, int blocks, int planes) {
+    int device = 0, multiprocessors = 1, best = 32;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    const auto cost = [&](int at_once) {
+        constexpr int beside = 24;
+        const int all = (rows + at_once - 1) / at_once * blocks;
+        return (all + multiprocessors - 1) / multiprocessors * (at_once + beside);
+    };
+    for (int at_once = 64; at_once <= tile_rows / planes; at_once += 32) {
+        if (cost(at_once) <= cost(best)) best = at_once;
+    }
+    return {nullptr, nullptr, rows, best};
 }
 
 /// The ring through which activations come to a block, and where its results go.
@@ -140,8 +82,8 @@ struct block_state {
 };
 
 /// acc[m] += rows of two matrices, `from[m][r]` for rows g and g + 8 of the 16 of this warp, times N rows of x from
-/// `first` on. All threads of the block take part.
-template <int N, layout L>
+/// `first` on. All threads of the block take part. A stage of activations holds N rows of each plane.
+template <int N, layout L, int Planes>
 __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* const (&from)[2][2], int columns,
                               const prepared& x, int first, const block_state& block) {
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, quad = lane % 4;
@@ -149,19 +91,23 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
     const int lag = min(2, block.depth - 1);
     const auto fetch = [&](int group, int slot) {
         const stage_copy copy{block.ring->full[slot], lane};
-        copy.begin(N / 8 * eight_bytes);
-        copy.whole(block.stages + slot * stage_bytes, x.tile(group, first), N / 8 * eight_bytes);
+        constexpr int bytes = N / 8 * eight_bytes;
+        copy.begin(Planes * bytes);
+        for (int plane = 0; plane < Planes; ++plane) {
+            copy.whole(block.stages + slot * stage_bytes + plane * bytes, x.tile(plane, group, first), bytes);
+        }
         copy.end();
     };
     if (warp == 0) {
         for (int group = 0; group < min(block.depth, groups); ++group) fetch(group, group);
     }
     weight_unit<L> unit[2][2];
+    const auto load = [&](int m, int group) {  // one group ahead; units behind the end are the last one
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) unit[m][r].load(from[m][r], units, quad, columns);
-    }
+        for (int r = 0; r < 2; ++r) unit[m][r].load(from[m][r], units, min(4 * group + quad, units - 1));
+    };
+    load(0, 0);
+    load(1, 0);
     std::uint32_t a[2][4][4];
     int slot = 0, phase = 0;
     for (int group = 0; group < groups; ++group) {
@@ -179,10 +125,7 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
                     a[batch % 2][s][2 + r] = w.high[s];
                 }
             }
-            if (batch % 2 == 1) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) unit[m][r].load(from[m][r], units, 4 * (group + 1) + quad, columns);
-            }
+            if (batch % 2 == 1) load(m, group + 1);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #pragma unroll
             for (int i = 0; i < 16; ++i) settle(a[batch % 2][i / 4][i % 4]);
@@ -201,18 +144,22 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
             wgmma_fence();
 #pragma unroll
-            for (int s = 0; s < 4; ++s) {
-                wgmma(acc[m], a[batch % 2][s], stage + batch % 2 * 1024 + s * 32, eight_bytes);
+            for (int i = 0; i < 4 * Planes; ++i) {
+                const int s = i % 4;
+                wgmma(acc[m], a[batch % 2][s], stage + i / 4 * (N / 8 * eight_bytes) + batch % 2 * 1024 + s * 32,
+                      eight_bytes);
             }
             wgmma_commit();
 #else
 #pragma unroll
-            for (int s = 0; s < 4; ++s) {
+            for (int i = 0; i < 4 * Planes; ++i) {
+                const int s = i % 4;
 #pragma unroll
                 for (int j = 0; j < N / 8; j += 2) {
                     std::uint32_t b[4];
                     const int row = lane % 8, p = (2 * s + lane / 8 % 2) ^ row;
-                    load_matrices(b, stage + (j + lane / 16) * eight_bytes + batch % 2 * 1024 + row * 128 + p * 16);
+                    load_matrices(b, stage + (i / 4 * (N / 8) + j + lane / 16) * eight_bytes + batch % 2 * 1024 +
+                                         row * 128 + p * 16);
                     multiply(acc[m][j], a[batch % 2][s], b[0], b[1]);
                     multiply(acc[m][j + 1], a[batch % 2][s], b[2], b[3]);
                 }
@@ -277,7 +224,7 @@ struct product_arguments {
     product_target list[matvec_args::most];
 };
 
-template <int N, layout L>
+template <int N, layout L, int Planes>
 __device__ void product_tile(const product_arguments& args, const product_target& target, const row_tile& tile,
                              int first_row, const block_state& block) {
     const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, quad = thread % 4;
@@ -295,7 +242,7 @@ __device__ void product_tile(const product_arguments& args, const product_target
         block.ring->out_row[thread] = args.out_rows == nullptr ? position : args.out_rows[position];
     }
     float acc[2][N / 8][4] = {};
-    multiply_tile<N, L>(acc, from, target.weight.columns, args.x, tile.first, block);
+    multiply_tile<N, L, Planes>(acc, from, target.weight.columns, args.x, tile.first, block);
     __syncthreads();
     const auto store = [&]<class T, bool Accumulate>(T* out) {
         out += mine;
@@ -314,7 +261,12 @@ __device__ void product_tile(const product_arguments& args, const product_target
                 for (int i = 0; i < 4; ++i) {
                     T* const y = to + i / 2 * 64 + i % 2 * 8;
                     const float x = acc[i / 2][j][i % 2 * 2 + e] * scale;
-                    if (inside[i]) *y = Accumulate ? static_cast<T>(static_cast<float>(*y) + x) : static_cast<T>(x);
+                    if (!inside[i]) continue;
+                    if constexpr (Accumulate) {
+                        atomicAdd(y, x);  // nobody else adds to it: this only spares waiting for what is there
+                    } else {
+                        *y = static_cast<T>(x);
+                    }
                 }
             }
         }
@@ -329,16 +281,18 @@ __device__ void product_tile(const product_arguments& args, const product_target
 }
 
 /// Calls f.template operator()<N>() with the least N that holds `rows` rows of a tile.
-template <class F>
+template <int Planes, class F>
 __device__ void visit_tile(int rows, F&& f) {
-    if (rows > 96) return f.template operator()<128>();
-    if (rows > 64) return f.template operator()<96>();
+    if constexpr (Planes == 1) {
+        if (rows > 96) return f.template operator()<128>();
+        if (rows > 64) return f.template operator()<96>();
+    }
     if (rows > 32) return f.template operator()<64>();
     f.template operator()<32>();
 }
 
 /// Grid: (blocks of 256 rows of W over all products, tiles).
-template <layout L>
+template <layout L, int Planes>
 __global__ void __launch_bounds__(256, 1) product_kernel(const __grid_constant__ product_arguments args) {
     row_tile tile;
     if (!args.tiles.get(static_cast<int>(blockIdx.y), tile)) return;
@@ -352,7 +306,7 @@ __global__ void __launch_bounds__(256, 1) product_kernel(const __grid_constant__
         fetch_ahead(target.weight, later.matrix, first_row, block_rows);
     }
     const block_state block = start_block(args.depth);
-    visit_tile(tile.rows, [&]<int N>() { product_tile<N, L>(args, target, tile, first_row, block); });
+    visit_tile<Planes>(tile.rows, [&]<int N>() { product_tile<N, L, Planes>(args, target, tile, first_row, block); });
 }
 
 /// Starts a kernel with as many stages as fit into a block's shared memory.
@@ -387,43 +341,17 @@ inline cudaError_t start_all_products(product_arguments args, const product_targ
         if (args.products == 0) continue;
         int launched = tiles;
         if (args.tiles.list == nullptr) {
-            args.tiles = all_rows(args.tiles.rows, blocks);
-            launched = (args.tiles.rows + args.tiles.at_once - 1) / args.tiles.at_once;
+            args.tiles = all_rows(args.tiles.rows, blocks, args.x.planes);
+            launched = args.tiles.tiles();
         }
         const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(launched));
         const cudaError_t error = visit_layout(static_cast<layout>(type), [&]<layout L>() {
-            return start_products(product_kernel<L>, grid, args, stream);
+            return args.x.planes == 2 ? start_products(product_kernel<L, planes_for(L)>, grid, args, stream)
+                                      : start_products(product_kernel<L, 1>, grid, args, stream);
         });
         if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
 }
 
-inline cudaError_t prepare_rows(const float* x, long long x_row, int rows, int columns, const prepared& out,
-                                cudaStream_t stream) {
-    prepare_kernel<<<static_cast<unsigned>((rows + 7) / 8), 256, 0, stream>>>(x, x_row, rows, columns, out);
-    return cudaGetLastError();
-}
-
 }  // namespace keel::cuda_launch::detail
-
-namespace keel::cuda_launch {
-
-inline std::size_t products_bytes(int rows, int columns) { return detail::prepared::bytes(rows, columns); }
-
-inline cudaError_t products(const products_args& args, cudaStream_t stream) {
-    if (args.count > matvec_args::most) return cudaErrorInvalidValue;
-    if (args.rows == 0 || args.count == 0) return cudaSuccess;
-    const detail::prepared x(args.workspace, args.rows, args.columns);
-    const cudaError_t error = detail::prepare_rows(args.x, args.x_row, args.rows, args.columns, x, stream);
-    if (error != cudaSuccess) return error;
-    detail::product_target list[matvec_args::most];
-    for (int i = 0; i < args.count; ++i) {
-        const product& p = args.list[i];
-        list[i] = {p.weight, p.out, p.out_row, p.accumulate, 0, 0};
-    }
-    const detail::product_arguments arguments{x, {nullptr, nullptr, args.rows, 0}, nullptr, 1.0f, 0, 0, {}};
-    return detail::start_all_products(arguments, list, args.count, 0, stream);
-}
-
-}  // namespace keel::cuda_launch

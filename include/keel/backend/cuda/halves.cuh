@@ -18,6 +18,17 @@ __device__ inline __half2 as_half2(std::uint32_t bits) { return *reinterpret_cas
 __device__ inline std::uint32_t as_bits(__half2 h) { return *reinterpret_cast<const std::uint32_t*>(&h); }
 __device__ inline __half2 both(float x) { return __float2half2_rn(x); }
 
+/// silu(gate) up is kept as halves of this part of it: up to a million does not overflow.
+inline constexpr float hidden_factor = 0.0625f;
+
+/// As a half of plane 0, or what that leaves.
+__device__ inline __half gated_half(float gate, float up, int plane) {
+    const float y = gate / (1.0f + __expf(-gate)) * up * hidden_factor;
+    const float inside = fminf(fmaxf(y, -65504.0f), 65504.0f);
+    const __half first = __float2half_rn(inside);
+    return plane == 0 ? first : __float2half_rn(inside - __half2float(first));
+}
+
 /// Bytes 2 i and 2 i + 1 of a word, q, as 1024 + q.
 __device__ inline std::uint32_t byte_pair(std::uint32_t word, int i) {
     return __byte_perm(word, 0x64646464u, i == 0 ? 0x4140 : 0x4342);
@@ -72,8 +83,20 @@ __device__ inline void fetch(uint4& to, const unsigned char* from) {
                  : "l"(from));
 }
 
-/// A unit of a row: load() as early as may be, then steps() twice. Units behind the end are loaded from the last one:
-/// activations are zero there.
+/// Room in shared memory for the units that the lanes of a warp have asked for: pieces of 16 bytes, then words.
+struct weight_slot {
+    unsigned char* at;
+    int lane;
+
+    __device__ uint4* piece(int i) const { return reinterpret_cast<uint4*>(at + i * 512) + lane; }
+    template <int Pieces>
+    __device__ std::uint32_t* word(int i) const {
+        return reinterpret_cast<std::uint32_t*>(at + Pieces * 512 + i * 128) + lane;
+    }
+};
+
+/// A unit of a row: load() as early as may be, or ask() for a copy to a slot and take() it from there when it has
+/// arrived; then steps() twice. Values of two bytes are asked for with their neighbours, in words on four bytes.
 template <layout L>
 struct weight_unit;
 
@@ -81,9 +104,20 @@ struct weight_unit;
 struct scale_pair {
     std::uint32_t codes, factors;
 
+    static constexpr int words = 2;
     __device__ void load(const unsigned char* scales, int units, int unit) {
         fetch(codes, scales + 2 * unit, 2);
         fetch(factors, scales + 2 * units + unit / 8 * 4, 4);
+    }
+    template <int Pieces>
+    __device__ static void ask(const weight_slot& slot, int first, const unsigned char* scales, int units, int unit) {
+        copy_word(slot.word<Pieces>(first), scales + 2 * unit / 4 * 4);
+        copy_word(slot.word<Pieces>(first + 1), scales + 2 * units + unit / 8 * 4);
+    }
+    template <int Pieces>
+    __device__ void take(const weight_slot& slot, int first, int unit) {
+        codes = *slot.word<Pieces>(first) >> unit % 2 * 16;
+        factors = *slot.word<Pieces>(first + 1);
     }
     __device__ half_scale value(float offset) const {
         const __half2 product = __hmul2(__hadd2(as_half2(byte_pair(codes, 0)), both(-1024.0f)), as_half2(factors));
@@ -96,10 +130,18 @@ struct weight_unit<layout::q4_k> {
     uint4 codes;
     scale_pair scales;
 
-    __device__ void load(const unsigned char* row, int units, int unit, int) {
-        unit = min(unit, units - 1);
+    static constexpr int pieces = 1, words = scale_pair::words;
+    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
+        copy_async(slot.piece(0), row + 16 * unit);
+        scale_pair::ask<pieces>(slot, 0, row + 16 * units, units, unit);
+    }
+    __device__ void load(const unsigned char* row, int units, int unit) {
         fetch(codes, row + 16 * unit);
         scales.load(row + 16 * units, units, unit);
+    }
+    __device__ void take(const weight_slot& slot, int unit) {
+        codes = *slot.piece(0);
+        scales.take<pieces>(slot, 0, unit);
     }
     __device__ half_steps steps(int part) const {
         const std::uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
@@ -122,11 +164,21 @@ struct weight_unit<layout::q5_k> {
     std::uint32_t high;
     scale_pair scales;
 
-    __device__ void load(const unsigned char* row, int units, int unit, int) {
-        unit = min(unit, units - 1);
+    static constexpr int pieces = 1, words = 1 + scale_pair::words;
+    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
+        copy_async(slot.piece(0), row + 16 * unit);
+        copy_word(slot.word<pieces>(0), row + 16 * units + 4 * unit);
+        scale_pair::ask<pieces>(slot, 1, row + 20 * units, units, unit);
+    }
+    __device__ void load(const unsigned char* row, int units, int unit) {
         fetch(codes, row + 16 * unit);
         fetch(high, row + 16 * units + 4 * unit, 4);
         scales.load(row + 20 * units, units, unit);
+    }
+    __device__ void take(const weight_slot& slot, int unit) {
+        codes = *slot.piece(0);
+        high = *slot.word<pieces>(0);
+        scales.take<pieces>(slot, 1, unit);
     }
     __device__ half_steps steps(int part) const {
         unsigned a[4], b[4];
@@ -147,12 +199,25 @@ struct weight_unit<layout::q6_k> {
     uint2 high;
     std::uint32_t scales, factor;
 
-    __device__ void load(const unsigned char* row, int units, int unit, int) {
-        unit = min(unit, units - 1);
+    static constexpr int pieces = 1, words = 4;
+    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
+        copy_async(slot.piece(0), row + 16 * unit);
+        copy_word(slot.word<pieces>(0), row + 16 * units + 8 * unit);
+        copy_word(slot.word<pieces>(1), row + 16 * units + 8 * unit + 4);
+        copy_word(slot.word<pieces>(2), row + 24 * units + 2 * unit / 4 * 4);
+        copy_word(slot.word<pieces>(3), row + 26 * units + unit / 8 * 2 / 4 * 4);
+    }
+    __device__ void load(const unsigned char* row, int units, int unit) {
         fetch(codes, row + 16 * unit);
         fetch(high, row + 16 * units + 8 * unit);
         fetch(scales, row + 24 * units + 2 * unit, 2);
         fetch(factor, row + 26 * units + unit / 8 * 2, 2);
+    }
+    __device__ void take(const weight_slot& slot, int unit) {
+        codes = *slot.piece(0);
+        high = {*slot.word<pieces>(0), *slot.word<pieces>(1)};
+        scales = *slot.word<pieces>(2) >> unit % 2 * 16 & 0xFFFFu;
+        factor = *slot.word<pieces>(3) >> unit / 8 % 2 * 16;
     }
     __device__ half_steps steps(int part) const {
         unsigned a[4], b[4];
@@ -178,6 +243,11 @@ struct byte_codes {
         fetch(first, codes + 32 * unit);
         fetch(second, codes + 32 * unit + 16);
     }
+    __device__ static void ask(const weight_slot& slot, const unsigned char* codes, int unit) {
+        copy_async(slot.piece(0), codes + 32 * unit);
+        copy_async(slot.piece(1), codes + 32 * unit + 16);
+    }
+    __device__ void take(const weight_slot& slot) { first = *slot.piece(0), second = *slot.piece(1); }
     __device__ void unpack(unsigned (&a)[4], unsigned (&b)[4]) const {
         a[0] = first.x, a[1] = first.y, a[2] = first.z, a[3] = first.w;
         b[0] = second.x, b[1] = second.y, b[2] = second.z, b[3] = second.w;
@@ -191,10 +261,18 @@ struct weight_unit<layout::q8_0> {
     byte_codes codes;
     std::uint32_t scale;
 
-    __device__ void load(const unsigned char* row, int units, int unit, int) {
-        unit = min(unit, units - 1);
+    static constexpr int pieces = 2, words = 1;
+    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
+        byte_codes::ask(slot, row, unit);
+        copy_word(slot.word<pieces>(0), row + 32 * units + 2 * unit / 4 * 4);
+    }
+    __device__ void load(const unsigned char* row, int units, int unit) {
         codes.load(row, unit);
         fetch(scale, row + 32 * units + 2 * unit, 2);
+    }
+    __device__ void take(const weight_slot& slot, int unit) {
+        codes.take(slot);
+        scale = *slot.word<pieces>(0) >> unit % 2 * 16;
     }
     __device__ half_steps steps(int part) const {
         unsigned a[4], b[4];
@@ -209,10 +287,18 @@ struct weight_unit<layout::wide> {
     byte_codes codes;
     uint4 scales;  // scale, minimum of elements 0 to 15, then of 16 to 31
 
-    __device__ void load(const unsigned char* row, int units, int unit, int) {
-        unit = min(unit, units - 1);
+    static constexpr int pieces = 3, words = 0;
+    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
+        byte_codes::ask(slot, row, unit);
+        copy_async(slot.piece(2), row + 32 * units + 16 * unit);
+    }
+    __device__ void load(const unsigned char* row, int units, int unit) {
         codes.load(row, unit);
         fetch(scales, row + 32 * units + 16 * unit);
+    }
+    __device__ void take(const weight_slot& slot, int) {
+        codes.take(slot);
+        scales = *slot.piece(2);
     }
     __device__ half_steps steps(int part) const {
         unsigned a[4], b[4];
@@ -224,20 +310,27 @@ struct weight_unit<layout::wide> {
     }
 };
 
-/// Elements are loaded when they are needed: 64 or 128 bytes of a unit would take too many registers.
+/// Elements stay where they are until they are needed: 64 or 128 bytes of a unit would take too many registers.
 template <int ElementBytes>
 struct element_unit {
-    const unsigned char* from;
-    int left;  // elements of the row from here on
+    static constexpr int pieces = 2 * ElementBytes, words = 0;
+    const uint4* from;
+    int step;  // between pieces
 
-    __device__ void load(const unsigned char* row, int, int unit, int columns) {
-        from = row + unit * 32 * ElementBytes;
-        left = columns - unit * 32;
+    __device__ void load(const unsigned char* row, int, int unit) {
+        from = reinterpret_cast<const uint4*>(row + unit * 32 * ElementBytes);
+        step = 1;
+    }
+    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int, int unit) {
+#pragma unroll
+        for (int i = 0; i < pieces; ++i) copy_async(slot.piece(i), row + unit * 32 * ElementBytes + 16 * i);
+    }
+    __device__ void take(const weight_slot& slot, int) {
+        from = slot.piece(0);
+        step = 32;
     }
     /// 16 bytes from element i on.
-    __device__ uint4 piece(int i) const {
-        return i < left ? cuda_kernels::load_weights16(from + i * ElementBytes) : uint4{0, 0, 0, 0};
-    }
+    __device__ uint4 piece(int i) const { return from[i * ElementBytes / 16 * step]; }
 };
 
 template <>

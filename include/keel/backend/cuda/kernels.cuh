@@ -5,14 +5,15 @@
 
 #include <keel/backend/cuda/attend_halves.cuh>
 #include <keel/backend/cuda/attention.cuh>
+#include <keel/backend/cuda/convolution.cuh>
 #include <keel/backend/cuda/elementwise.cuh>
 #include <keel/backend/cuda/experts.cuh>
 #include <keel/backend/cuda/feed_forward.cuh>
 #include <keel/backend/cuda/flash.cuh>
-#include <keel/backend/cuda/gemm.cuh>
 #include <keel/backend/cuda/kda_chunk.cuh>
 #include <keel/backend/cuda/kda_step.cuh>
 #include <keel/backend/cuda/matvec.cuh>
+#include <keel/backend/cuda/products.cuh>
 #include <keel/backend/cuda/repack.cuh>
 
 namespace keel::cuda_launch {

@@ -26,6 +26,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <keel/core/compiler.hpp>
+
 namespace keel::cuda_launch {
 
 /// An error if the program holds no kernels for the current device.
@@ -58,6 +60,8 @@ struct segment {
     unsigned char* recurrent;
     unsigned char* const* blocks;  ///< on the device, too
     int first_row, rows;
+    float* kept = nullptr;  ///< (KDA layers, kept_capacity, kept floats) for replays, or null
+    int kept_capacity = 0;
 };
 
 /// keel::memory_layout, in plain numbers.
@@ -120,16 +124,48 @@ struct rms_norm_args {
 };
 cudaError_t rms_norm(const rms_norm_args&, cudaStream_t);
 
+/// Rows of floats, `row` apart.
+struct activation_rows {
+    float* data;
+    long long row;
+};
+
+/// Segments are convolved in place in tiles of short_conv_tile rows, all at once: where there is more than one tile,
+/// the rows before each lie in `edges` meanwhile, short_conv_edges(rows of the batch) times (taps, channels).
+inline constexpr int short_conv_tile = 32;
+KEEL_HD constexpr int short_conv_edges(int rows) { return 2 * (rows / short_conv_tile + 1); }
 struct short_conv_args {
-    float* x;
-    long long x_row;
+    static constexpr int parts = 1;
+    activation_rows x;  ///< (n, channels)
     const float* taps;
     const segment* segments;
     int segment_count;
-    int which, layer, channels;
+    int longest;  ///< rows of the longest segment
+    float* edges;
+    int part, layer;
     memory layout;
+
+    KEEL_HD activation_rows input(int) const { return x; }
+    KEEL_HD float* edges_of(int) const { return edges; }
+    KEEL_HD int which(int) const { return part; }
 };
 cudaError_t short_conv(const short_conv_args&, cudaStream_t);
+
+/// Copies rows of several arrays, one behind the other, to segment::kept: row `position` of a segment to slot position
+/// % kept_capacity of `layer`; only the last kept_capacity rows.
+struct keep_args {
+    static constexpr int parts = 5;
+    struct part {
+        const float* data;
+        long long row;
+        int width;
+    } list[parts];
+    const segment* segments;
+    int segment_count;
+    int most_rows;  ///< that any segment keeps
+    int layer;
+};
+cudaError_t keep(const keep_args&, cudaStream_t);
 
 struct l2_norm_args {
     float* x;
@@ -138,6 +174,32 @@ struct l2_norm_args {
     float epsilon;
 };
 cudaError_t l2_norm(const l2_norm_args&, cudaStream_t);
+
+/// Everything between the products and the recurrence of a KDA layer: short_conv of q, k and v, l2_norm of q and k,
+/// kda_gates. Heads lie side by side, on 16 bytes. head_dim is 32, 64, 128 or 256; at most 4 taps.
+struct kda_inputs_args {
+    static constexpr int parts = 3;
+    activation_rows x[parts];
+    const float* taps[parts];
+    activation_rows log_decay, beta;
+    const float *a, *dt_bias;
+    float epsilon;
+    const segment* segments;
+    int segment_count;
+    int longest;
+    float* edges;  ///< three times those of short_conv
+    int rows;      ///< of the batch
+    int layer;
+    memory layout;
+
+    KEEL_HD activation_rows input(int part) const { return x[part]; }
+    KEEL_HD float* edges_of(int part) const {
+        return edges +
+               static_cast<long long>(part) * short_conv_edges(rows) * layout.taps * layout.heads * layout.head_dim;
+    }
+    KEEL_HD int which(int part) const { return part; }
+};
+cudaError_t kda_inputs(const kda_inputs_args&, cudaStream_t);
 
 struct kda_gates_args {
     float* log_decay;
@@ -194,16 +256,6 @@ struct gated_norm_args {
     float epsilon;
 };
 cudaError_t gated_norm(const gated_norm_args&, cudaStream_t);
-
-/// Divides every head of x, (rows, heads, head_dim) without gaps, by its rms, from sums of squares as kda_mix leaves
-/// them.
-struct head_norm_args {
-    float* x;
-    const float* squares;
-    int rows, heads, head_dim, slabs;
-    float epsilon;
-};
-cudaError_t head_norm(const head_norm_args&, cudaStream_t);
 
 struct latent_append_args {
     float* rows;

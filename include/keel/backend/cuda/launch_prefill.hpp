@@ -40,15 +40,25 @@ struct kda_chunk_args {
 std::size_t kda_chunk_bytes(int segment_count, int heads, int head_dim, int longest);
 cudaError_t kda_chunk(const kda_chunk_args& args, cudaStream_t stream);
 
-/// out = W x or += W x for several matrices with one input, rounded to halves with a power of two per row; sums are
-/// f32. out_head is not used.
+/// With a weight, the input of products is rms_norm(x; weight).
+struct input_norm {
+    const float* weight = nullptr;
+    float epsilon = 0;
+};
+
+/// out = W x or += W x for several matrices with one input, rounded to halves with a power of two per row, to two
+/// halves where weights are f16 or bf16, and not at all where they are f32; sums are f32. With heads > 1, every matrix,
+/// not of f32, holds that many, head h takes x + h * x_head to out + h * out_head, and out_row is heads * out_head.
 struct products_args {
     const float* x = nullptr;  ///< (rows, columns); columns even
     long long x_row = 0;
     int rows = 0, columns = 0;
+    long long x_head = 0;
+    int heads = 1;
+    input_norm norm{};
     int count = 0;
     product list[matvec_args::most];
-    void* workspace = nullptr;  ///< products_bytes(rows, columns), on 256 bytes
+    void* workspace = nullptr;  ///< products_bytes(rows * heads, columns), on 256 bytes
 };
 std::size_t products_bytes(int rows, int columns);
 cudaError_t products(const products_args& args, cudaStream_t stream);
@@ -58,8 +68,8 @@ cudaError_t products(const products_args& args, cudaStream_t stream);
 struct feed_forward_args : networks {
     void* workspace = nullptr;  ///< feed_forward_bytes(..), on 256 bytes
 };
-/// `experts` is 0 for one network without a choice.
-std::size_t feed_forward_bytes(int rows, int k, int experts, int hidden, int width);
+/// `experts` is 0 for one network without a choice; `planes` is 2 if any weights are f16 or bf16, else 1.
+std::size_t feed_forward_bytes(int rows, int k, int experts, int hidden, int width, int planes);
 cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stream);
 
 /// Causal attention with keys and values of every head expanded from the latent cache; the formula is that of

@@ -73,16 +73,6 @@ __device__ inline float inverse_rms(const float* squares, int columns, float eps
     return 1.0f / sqrtf(sum / static_cast<float>(columns) + epsilon);
 }
 
-/// 1 / rms of a row, in all threads.
-__device__ inline float inverse_rms_of(const float* x, int columns, float epsilon) {
-    float squares = 0;
-    for (int i = 4 * threadIdx.x; i < columns; i += 4 * blockDim.x) {
-        const float4 v = load_four(x, i, columns);
-        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    }
-    return 1.0f / sqrtf(block_sum(squares) / static_cast<float>(columns) + epsilon);
-}
-
 /// Adds a piece's products with N staged rows; `distance` lies between these in shared memory.
 template <class Format, bool Codes, int N>
 __device__ inline void add_products(const typename Format::piece& w, int p, const staged& x, int distance,

@@ -54,7 +54,8 @@ public:
         for (const segment& s : b.segments) {
             segments_.push_back({s.position, reinterpret_cast<unsigned char*>(s.recurrent),
                                  reinterpret_cast<unsigned char* const*>(device_.data() + next),
-                                 static_cast<int>(s.first_row), static_cast<int>(s.rows)});
+                                 static_cast<int>(s.first_row), static_cast<int>(s.rows), s.kept,
+                                 static_cast<int>(s.kept_capacity)});
             copy_to(next, std::span(s.blocks, static_cast<std::size_t>(blocks_of(s))));
             next += blocks_of(s) * static_cast<index>(sizeof(std::byte*));
         }
@@ -155,11 +156,12 @@ public:
         const index rows = b.rows(), wanted = static_cast<index>(b.wanted.size());
         const bool decoding = static_cast<index>(b.segments.size()) == rows;
         if (!decoding) return pass();
-        const auto known =
-            std::ranges::find_if(recordings_, [&](const recording& r) { return r.rows == rows && r.wanted == wanted; });
+        const bool keeps = std::ranges::any_of(b.segments, [](const segment& s) { return s.kept != nullptr; });
+        const auto known = std::ranges::find_if(
+            recordings_, [&](const recording& r) { return r.rows == rows && r.wanted == wanted && r.keeps == keeps; });
         if (known == recordings_.end()) {
             if (recordings_.size() == most) return pass();
-            recordings_.push_back({rows, wanted, nullptr, {}});
+            recordings_.push_back({rows, wanted, keeps, nullptr, {}});
             return pass();
         }
         if (known->replay == nullptr) record<result>(*known, pass);
@@ -172,6 +174,7 @@ private:
 
     struct recording {
         index rows, wanted;
+        bool keeps;
         cudaGraphExec_t replay;
         std::any result;  ///< of the pass: where its results lie
     };
