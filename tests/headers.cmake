@@ -33,6 +33,12 @@ if(CUDAToolkit_NVCC_EXECUTABLE)
              COMMAND ${CUDAToolkit_NVCC_EXECUTABLE} -std=c++20 -arch=sm_80 -Werror all-warnings -ccbin ${CMAKE_CXX_COMPILER}
                      -I ${PROJECT_SOURCE_DIR}/include -c headers/core.cu -o headers/core.cu.o
              WORKING_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR})
+    # The kernels, too; quickly, for nobody runs them.
+    add_test(NAME headers/kernels
+             COMMAND ${CUDAToolkit_NVCC_EXECUTABLE} -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Werror all-warnings
+                     -Xcicc -O1 -Xptxas -O0 -ccbin ${CMAKE_CXX_COMPILER} -I ${PROJECT_SOURCE_DIR}/include
+                     -c ${PROJECT_SOURCE_DIR}/cmake/keel_cuda.cu -o headers/keel_cuda.cu.o
+             WORKING_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR})
 endif()
 
 if(Python3_FOUND)
