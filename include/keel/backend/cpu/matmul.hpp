@@ -95,7 +95,7 @@ constexpr index product_scratch([[maybe_unused]] index n, index columns) {
     const index rows_of_floats = 4 * columns * static_cast<index>(sizeof(float)) + arena::alignment;
     index most = std::max(rows_of_floats, weight_tile::bytes(columns));
 #if defined(KEEL_AMX)
-    most = std::max(most, matrix_unit_scratch(n));
+    most = std::max(most, matrix_unit_scratch(n, columns));
 #endif
     return (most + arena::alignment - 1) / arena::alignment * arena::alignment;
 }

@@ -87,21 +87,27 @@ void store_part(const Block* b, const float* scale, const float* min, bf16* to) 
     }
 }
 
-/// A block of weights as left operands, (parts of 32 columns, rows, 32): small enough for the first cache.
+/// How a product with n activation rows goes through its weights: `columns` columns of 32 rows become a block, which
+/// meets all activations; and `blocks` blocks of the same columns have their turn before the next columns do. Of many
+/// activations only some columns fit into the second cache, so that these are used for several blocks. For few, it is
+/// the weights that take time, and those are best read as they lie.
+struct weight_walk {
+    index columns, blocks;
+};
+constexpr weight_walk walk_for(index n) { return n > 64 ? weight_walk{512, 4} : weight_walk{2560, 1}; }
+
+/// A block of weights as left operands, (parts of 32 columns, rows, 32).
 struct weight_block {
     static constexpr index rows = 2 * amx::tile_rows;
-    static constexpr index columns = 512;
-    static constexpr index parts = columns / part_columns;
-    static constexpr index size = rows * columns;
 
     bf16* value;
 
-    /// Converts `n` columns of `count` rows, the first of which begins at *w; they are `stride` blocks apart. What will
-    /// be converted next lies `ahead` blocks further on.
+    /// Converts `n` columns of `count` rows, the first of which begins at *w; they are `stride` blocks apart.
     template <class Block>
-    void fill(const Block* w, index stride, index count, index n, index ahead) const {
+    void fill(const Block* w, index stride, index count, index n) const {
+        constexpr index ahead = 2048;
         for (index r = 0; r < count; ++r, w += stride) {
-            const auto* const next = reinterpret_cast<const char*>(w + ahead);
+            const auto* const next = reinterpret_cast<const char*>(w) + ahead;
             for (index i = 0; i < n / Block::elements * Block::bytes; i += 64) __builtin_prefetch(next + i);
             fill_row(w, n / part_columns, value + r * part_columns);
         }
@@ -137,16 +143,13 @@ private:
 /// Activation rows that meet a block of weights before the next one is converted.
 inline constexpr index matrix_unit_rows = 512;
 
-/// Blocks of weight rows that meet some columns of the activations before the next columns have their turn. Of many
-/// rows of activations only some columns fit into the second cache; for few, weights are better read row by row.
-constexpr index blocks_together(index n) { return n > 64 ? 4 : 1; }
-
 /// Memory that one thread needs for a product with n activation rows.
-constexpr index matrix_unit_scratch(index n) {
+constexpr index matrix_unit_scratch(index n, index columns) {
+    const weight_walk few = walk_for(1), walk = walk_for(n);
+    const index block = weight_block::rows * std::min(columns, std::max(few.columns, walk.columns));
     const index panels = half_panels::count(std::min(n, matrix_unit_rows));
-    const index sums = (blocks_together(n) * panels + 1) * weight_block::rows * half_panels::rows;
-    return weight_block::size * static_cast<index>(sizeof(bf16)) + sums * static_cast<index>(sizeof(float)) +
-           3 * arena::alignment;
+    const index sums = (walk.blocks * panels + 1) * weight_block::rows * half_panels::rows;
+    return block * static_cast<index>(sizeof(bf16)) + sums * static_cast<index>(sizeof(float)) + 3 * arena::alignment;
 }
 
 /// Sums of a block of weight rows and `Panels` panels: per panel two tiles, (16 weight rows, 16 activation rows) each.
@@ -207,23 +210,22 @@ template <class Block, class Emit>
 void multiply_halves(const Block* w, index columns, index first, index last, const half_panels& x, index count,
                      arena& scratch, Emit&& emit) {
     constexpr index rows = weight_block::rows, tile = amx::tile_rows * half_panels::rows;
-    const index stride = columns / Block::elements, together = blocks_together(count) * rows;
+    const weight_walk walk = walk_for(count);
+    const index stride = columns / Block::elements, together = walk.blocks * rows;
     const index next_panel = x.parts * half_panels::part_size;
     const arena::scope scope(scratch);
-    const weight_block block{scratch.take<bf16>(weight_block::size).data};
-    const auto sums = scratch.take<float>(blocks_together(count), half_panels::count(std::min(count, matrix_unit_rows)),
+    const weight_block block{scratch.take<bf16>(rows * std::min(columns, walk.columns)).data};
+    const auto sums = scratch.take<float>(walk.blocks, half_panels::count(std::min(count, matrix_unit_rows)),
                                           rows * half_panels::rows);
     const auto turned = scratch.take<float>(half_panels::rows, rows);
     const amx::session session;
     const auto multiply = [&](index group, index n, index panels) {
         const index end = std::min(last, group + together);
-        for (index c = 0; c < columns; c += weight_block::columns) {
-            const index width = std::min(weight_block::columns, columns - c);
+        for (index c = 0; c < columns; c += walk.columns) {
+            const index width = std::min(walk.columns, columns - c);
             const bf16* const values = x.panel(n / half_panels::rows) + c / part_columns * half_panels::part_size;
             for (index o = group; o < end; o += rows) {
-                const bool more_rows = o + rows < end || c + width == columns;
-                const index ahead = more_rows ? rows * stride : ((group - o) * stride + width / Block::elements);
-                block.fill(w + o * stride + c / Block::elements, stride, std::min(rows, end - o), width, ahead);
+                block.fill(w + o * stride + c / Block::elements, stride, std::min(rows, end - o), width);
                 multiply_block(block, values, next_panel, panels, width / part_columns, c == 0,
                                sums[(o - group) / rows].data);
             }
