@@ -42,9 +42,12 @@ struct expert_rows {
     bool accumulate;  // add to what `out` holds
 };
 
+/// Rows of gate and up that are multiplied at a time, if there are many rows of activations.
+inline constexpr index gate_rows = 2 * unit_rows;
+
 /// Floats that a thread needs for the results of gate, or of up, at a time.
 constexpr index gate_floats(index rows, index width) {
-    return std::max(rows * unit_rows, std::min(rows, few_rows) * width);
+    return std::max(rows * gate_rows, std::min(rows, few_rows) * width);
 }
 
 /// Rounds one of the activations of each task, if the weights that it is multiplied with want that.
@@ -133,7 +136,7 @@ inline void gate_and_up(std::span<const expert_task> tasks, view<float, 2> mid, 
         };
         for_units(tasks, share, shares, [&](const expert_task& task, row_range units) {
             const row_range rows = rows_of_units(units, task.gate.rows);
-            const index step = task.in.few() ? rows.count : unit_rows, end = rows.first + rows.count;
+            const index step = task.in.few() ? rows.count : gate_rows, end = rows.first + rows.count;
             for (index o = rows.first; o < end; o += step) multiply(task, o, std::min(step, end - o));
         });
     });
