@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -82,13 +83,18 @@ class Cli(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             saved = os.path.join(folder, "chat.keel")
             lines = ["/tokens", "Hello", "/tokens", "/undo", "/tokens", "/undo", "Again", "/fork", "More", "/branch 1",
-                     "/retry", "/edit Other", f"/save {saved}", f"/load {saved}", "/branch 7", "/load /nowhere", "/help"]
+                     "/retry", "/edit Other", f"/save {saved}", f"/load {saved}", "/branch 7", "/load /nowhere", "/help",
+                     "/save", "/load", "/edit", "/tokens", "/edit " + "far too long " * 300, "/tokens"]
             done = subprocess.run([KEEL, "chat", "--seed", "1", "--ctx", "600"], input="\n".join(lines).encode(),
                                   capture_output=True, timeout=300)
             said = done.stderr.decode()
             self.assertEqual(done.returncode, 0, said)
-            for part in ("0 of 600 tokens", "there is no turn yet", "branch 2", "number from 1 to 2", "/nowhere", "/retry answers again"):
+            for part in ("0 of 600 tokens", "there is no turn yet", "branch 2", "number from 1 to 2", "/nowhere", "/retry answers again",
+                         "/save needs a file name", "/load needs a file name", "/edit needs the new text", "do not fit"):
                 self.assertIn(part, said)
+            counts = re.findall(r"(\d+) of 600 tokens", said)
+            self.assertEqual(counts[0], counts[2])  # undone
+            self.assertEqual(counts[-1], counts[-2])  # an error changes nothing
             self.assertTrue(os.path.exists(saved))
 
     def test_errors_name_the_thing(self):

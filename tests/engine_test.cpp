@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -101,6 +102,14 @@ TEST_CASE("a session reports misuse before anything happens") {
     CHECK(session.next(sample));
     throws(errc::capacity, "context", [&] { session.next(sample); });
     CHECK(session.position() == 10);
+}
+
+TEST_CASE("a session may be longer than what the model was trained for, if that is wanted") {
+    const auto engine = keel::engine::open(tiny);
+    auto session = engine.start({.context = 4200, .beyond_training = true});
+    session.feed(std::vector<token>(4200, 7));
+    CHECK(session.position() == 4200);
+    CHECK(std::ranges::all_of(session.logits(), [](float x) { return std::isfinite(x); }));
 }
 
 TEMPLATE_TEST_CASE("exact sessions give the same bits however their tokens come", "", keel::reference, keel::cpu) {

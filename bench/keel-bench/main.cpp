@@ -3,43 +3,21 @@
 // Measures how fast keel runs a model, and how close that comes to what the machine can do.
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include <keel/version.hpp>
 
+#include "measure.hpp"
 #include "report.hpp"
 #include "runner.hpp"
+#include "sessions.hpp"
 
 namespace {
-
-using clock_type = std::chrono::steady_clock;
-
-double seconds_since(clock_type::time_point begun) {
-    return std::chrono::duration<double>(clock_type::now() - begun).count();
-}
-
-/// Tokens that no cache of experts or embeddings has seen: evenly from the vocabulary, the same in every run.
-class random_tokens {
-public:
-    explicit random_tokens(std::int64_t vocabulary) : vocabulary_(vocabulary) {}
-
-    std::vector<std::int32_t> draw(std::int64_t count) {
-        std::vector<std::int32_t> tokens(static_cast<std::size_t>(count));
-        for (std::int32_t& t : tokens) {
-            state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-            t = static_cast<std::int32_t>((state_ >> 33) % static_cast<std::uint64_t>(vocabulary_));
-        }
-        return tokens;
-    }
-
-private:
-    std::int64_t vocabulary_;
-    std::uint64_t state_ = 1;
-};
 
 struct plan {
     std::vector<std::int64_t> prompts{512}, depths{0};
@@ -52,7 +30,7 @@ std::vector<bench::result> run(const bench::model& model, const bench::options& 
     const std::int64_t longest = *std::max_element(tests.prompts.begin(), tests.prompts.end());
     const std::int64_t deepest = *std::max_element(tests.depths.begin(), tests.depths.end());
     const std::int64_t needed = deepest + std::max(longest, tests.generate);
-    random_tokens random(model.vocabulary());
+    bench::random_tokens random(model.vocabulary());
     auto filled = model.start(std::max(options.context, needed));
     std::int64_t depth_now = 0;
     // What happens once does not count: pages, threads, the processor's clock.
@@ -71,9 +49,8 @@ std::vector<bench::result> run(const bench::model& model, const bench::options& 
             for (int i = 0; i < tests.repetitions; ++i) {
                 const auto session = filled->fork();
                 const auto tokens = random.draw(prompt);
-                const auto begun = clock_type::now();
-                session->feed(tokens);
-                r.tokens_per_second.push_back(static_cast<double>(prompt) / seconds_since(begun));
+                const double time = bench::seconds([&] { session->feed(tokens); });
+                r.tokens_per_second.push_back(static_cast<double>(prompt) / time);
             }
             results.push_back(std::move(r));
         }
@@ -87,9 +64,10 @@ std::vector<bench::result> run(const bench::model& model, const bench::options& 
             for (int i = 0; i < tests.repetitions; ++i) {
                 const auto session = filled->fork();
                 const auto tokens = random.draw(tests.generate);
-                const auto begun = clock_type::now();
-                for (const std::int32_t& token : tokens) session->feed({&token, 1});
-                r.tokens_per_second.push_back(static_cast<double>(tests.generate) / seconds_since(begun));
+                const double time = bench::seconds([&] {
+                    for (const std::int32_t& token : tokens) session->feed({&token, 1});
+                });
+                r.tokens_per_second.push_back(static_cast<double>(tests.generate) / time);
             }
             results.push_back(std::move(r));
         }
@@ -99,15 +77,15 @@ std::vector<bench::result> run(const bench::model& model, const bench::options& 
 
 /// Loading and tokenising as two more operations.
 void measure_loading(const bench::runner& runner, std::vector<bench::operation>& operations) {
-    const auto begun = clock_type::now();
-    const auto model = runner.load();
-    operations.push_back({.name = "load", .seconds = seconds_since(begun), .bytes = model->bytes()});
+    std::unique_ptr<bench::model> model;
+    const double loading = bench::seconds([&] { model = runner.load(); });
+    operations.push_back({.name = "load", .seconds = loading, .bytes = model->bytes()});
     std::string text;
     while (text.size() < 1'000'000) text += "The river ran past the old mill in 1875, and nobody knew why. ";
-    const auto tokenizing = clock_type::now();
-    const std::size_t tokens = model->tokens_of(text);
+    std::size_t tokens = 0;
+    const double tokenizing = bench::seconds([&] { tokens = model->tokens_of(text); });
     operations.push_back({.name = "tokenize to " + std::to_string(tokens) + " tokens",
-                          .seconds = seconds_since(tokenizing),
+                          .seconds = tokenizing,
                           .bytes = static_cast<double>(text.size())});
 }
 
@@ -160,9 +138,22 @@ int main(int argc, char** argv) {
     add_common(*ops, options, format);
     ops->add_option("-m,--model", options.model, "GGUF file, to measure loading and tokenizing too");
 
+    std::int64_t depth = 16384;
+    std::string file = (std::filesystem::temp_directory_path() / "keel-bench.session").string();
+    CLI::App* const sessions = app.add_subcommand("sessions", "what going back, copying, saving and batching cost");
+    add_common(*sessions, options, format);
+    sessions->add_option("-m,--model", options.model, "GGUF file")->required();
+    sessions->add_option("-d,--depth", depth, "tokens of the conversation")
+        ->check(CLI::Range(1024, 1 << 20))
+        ->capture_default_str();
+    sessions->add_option("-r,--repetitions", tests.repetitions, "of each measurement")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    sessions->add_option("--file", file, "where snapshots are saved")->capture_default_str();
+
     try {
         app.parse(argc, argv);
-        if (!*ops && options.model.empty()) throw CLI::RequiredError("--model");
+        if (!*ops && !*sessions && options.model.empty()) throw CLI::RequiredError("--model");
         const auto runner = bench::make_runner(options);
         if (*ops) {
             const auto machine = bench::describe_machine(*runner, true);
@@ -170,10 +161,13 @@ int main(int argc, char** argv) {
             runner->measure_operations([&](const bench::operation& o) { operations.push_back(o); });
             if (!options.model.empty()) measure_loading(*runner, operations);
             bench::print(format, options, machine, operations);
+        } else if (*sessions) {
+            const auto machine = bench::describe_machine(*runner, false);
+            bench::print(format, options, machine,
+                         bench::measure_sessions(*runner->load(), depth, tests.repetitions, file));
         } else {
-            const auto begun = clock_type::now();
-            const auto model = runner->load();
-            const double load_seconds = seconds_since(begun);
+            std::unique_ptr<bench::model> model;
+            const double load_seconds = bench::seconds([&] { model = runner->load(); });
             const auto machine = bench::describe_machine(*runner, !no_limits);
             const auto results = run(*model, options, tests);
             bench::print(format, options, machine, *model, load_seconds, results);

@@ -15,6 +15,8 @@
 
 #include <keel/version.hpp>
 
+#include "measure.hpp"
+
 namespace bench {
 
 namespace {
@@ -97,13 +99,6 @@ machine describe_machine(const runner& r, bool with_limits) {
             with_limits ? r.measure_limits() : limits{}};
 }
 
-double result::median() const {
-    std::vector<double> sorted = tokens_per_second;
-    std::sort(sorted.begin(), sorted.end());
-    const std::size_t half = sorted.size() / 2;
-    return sorted.size() % 2 == 1 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
-}
-
 double result::spread() const {
     double mean = 0, squares = 0;
     for (const double x : tokens_per_second) mean += x / static_cast<double>(tokens_per_second.size());
@@ -125,11 +120,12 @@ void print(const std::string& format, const options& o, const machine& m, const 
     const double most = integers ? m.most.integer_operations_per_second : m.most.float_operations_per_second;
     ordered_json rows = ordered_json::array();
     for (const result& r : results) {
-        const double bytes = r.median() * r.bytes_per_token, operations = r.median() * r.operations_per_token;
+        const double rate = median(r.tokens_per_second);
+        const double bytes = rate * r.bytes_per_token, operations = rate * r.operations_per_token;
         rows.push_back({{"test", r.test},
                         {"tokens", r.tokens},
                         {"depth", r.depth},
-                        {"tok_s", r.median()},
+                        {"tok_s", rate},
                         {"spread", r.spread()},
                         {"gb_s", bytes > 0 ? ordered_json(bytes / 1e9) : ordered_json()},
                         {"share_of_reading", share(bytes, m.most.bytes_per_second)},
@@ -184,6 +180,35 @@ void print(const std::string& format, const options& o, const machine& m, const 
                         r["microseconds"].get<double>(), r["gb_s"].get<double>(),
                         text(r["share_of_reading"], "%.0f %%", 100).c_str(), text(r["gop_s"], "%.1f").c_str(),
                         text(r["share_of_arithmetic"], "%.0f %%", 100).c_str());
+        }
+    }
+}
+
+void print(const std::string& format, const options& o, const machine& m, const std::vector<comparison>& comparisons) {
+    ordered_json about = record(o, m);
+    about["model"] = std::filesystem::path(o.model).filename().string();
+    ordered_json rows = ordered_json::array();
+    for (const comparison& c : comparisons) {
+        rows.push_back({{"test", c.test},
+                        {"value", c.value},
+                        {"unit", c.unit},
+                        {"beside", c.beside},
+                        {"other", c.other},
+                        {"ratio", c.value / c.other}});
+    }
+    if (format == "json") {
+        about["comparisons"] = rows;
+        std::cout << about.dump(1) << '\n';
+    } else if (format == "csv") {
+        print_csv(about, rows);
+    } else {
+        print_machine(about);
+        std::printf("\n| test | | beside | | ratio |\n|---|---:|---|---:|---:|\n");
+        for (const auto& r : rows) {
+            const std::string unit = " " + r["unit"].get<std::string>();
+            std::printf("| %s | %s | %s | %s | %s |\n", r["test"].get<std::string>().c_str(),
+                        (text(r["value"], "%.4g") + unit).c_str(), r["beside"].get<std::string>().c_str(),
+                        (text(r["other"], "%.4g") + unit).c_str(), text(r["ratio"], "%.3f").c_str());
         }
     }
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "runner.hpp"
+#include "sessions.hpp"
 
 namespace bench {
 
@@ -28,7 +29,6 @@ struct result {
     double bytes_per_token = 0;             ///< decode only
     double operations_per_token = 0;
 
-    [[nodiscard]] double median() const;
     [[nodiscard]] double spread() const;  ///< standard deviation
 };
 
@@ -36,5 +36,6 @@ struct result {
 void print(const std::string& format, const options& o, const machine& m, const model& measured, double load_seconds,
            const std::vector<result>& results);
 void print(const std::string& format, const options& o, const machine& m, const std::vector<operation>& operations);
+void print(const std::string& format, const options& o, const machine& m, const std::vector<comparison>& comparisons);
 
 }  // namespace bench

@@ -26,6 +26,12 @@ class session {
 public:
     virtual ~session() = default;
     virtual void feed(std::span<const std::int32_t> tokens) = 0;
+    /// Leaves the tokens to model::step().
+    virtual void append(std::span<const std::int32_t> tokens) = 0;
+    /// Makes the session hold these tokens; answers how many had to run through the model.
+    virtual std::int64_t sync(std::span<const std::int32_t> tokens) = 0;
+    virtual void rewind(std::int64_t position) = 0;
+    virtual void save(const std::string& path) = 0;
     [[nodiscard]] virtual std::unique_ptr<session> fork() const = 0;
 };
 
@@ -33,12 +39,18 @@ public:
 class model {
 public:
     virtual ~model() = default;
-    [[nodiscard]] virtual std::unique_ptr<session> start(std::int64_t context) const = 0;
+    /// `replay`: by how many tokens the session can go back without running the model.
+    [[nodiscard]] virtual std::unique_ptr<session> start(std::int64_t context, std::int64_t replay = 0) const = 0;
+    [[nodiscard]] virtual std::unique_ptr<session> resume(const std::string& path, std::int64_t context) const = 0;
+    /// Runs what the sessions were left with, together.
+    virtual void step(std::span<const std::unique_ptr<session>> sessions) const = 0;
     [[nodiscard]] virtual std::size_t tokens_of(std::string_view text) const = 0;
     [[nodiscard]] virtual std::string name() const = 0;
     [[nodiscard]] virtual std::int64_t vocabulary() const = 0;
     [[nodiscard]] virtual double bytes() const = 0;
     [[nodiscard]] virtual double parameters() const = 0;
+    /// Of the recurrent state, which a copy of a session copies.
+    [[nodiscard]] virtual double state_bytes() const = 0;
     /// Bytes that a token reads from memory at this position: active weights, state twice, cache.
     [[nodiscard]] virtual double bytes_per_token(std::int64_t position) const = 0;
     /// Two for every weight that a token is multiplied with. What attention and recurrence add is left out.

@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include <keel/backend/cpu/threads.hpp>
 #include <keel/engine.hpp>
@@ -24,7 +25,13 @@ public:
     explicit session_of(keel::basic_session<B> started) : session_(std::move(started)) {}
 
     void feed(std::span<const std::int32_t> tokens) override { session_.feed(tokens); }
+    void append(std::span<const std::int32_t> tokens) override { session_.append(tokens); }
+    std::int64_t sync(std::span<const std::int32_t> tokens) override { return session_.sync(tokens).computed; }
+    void rewind(std::int64_t position) override { session_.rewind(position); }
+    void save(const std::string& path) override { session_.save(path); }
     [[nodiscard]] std::unique_ptr<session> fork() const override { return std::make_unique<session_of>(*this); }
+
+    keel::basic_session<B>& value() { return session_; }
 
 private:
     keel::basic_session<B> session_;
@@ -35,8 +42,17 @@ class model_of : public model {
 public:
     explicit model_of(keel::basic_engine<B> engine) : engine_(std::move(engine)) {}
 
-    [[nodiscard]] std::unique_ptr<session> start(std::int64_t context) const override {
-        return std::make_unique<session_of<B>>(engine_.start({.context = context}));
+    [[nodiscard]] std::unique_ptr<session> start(std::int64_t context, std::int64_t replay) const override {
+        return std::make_unique<session_of<B>>(engine_.start({.context = context, .replay = replay}));
+    }
+    [[nodiscard]] std::unique_ptr<session> resume(const std::string& path, std::int64_t context) const override {
+        return std::make_unique<session_of<B>>(engine_.resume(path, {.context = context}));
+    }
+    void step(std::span<const std::unique_ptr<session>> sessions) const override {
+        std::vector<keel::basic_session<B>*> all;
+        for (const auto& s : sessions) all.push_back(&static_cast<session_of<B>&>(*s).value());
+        while (engine_.step(all) > 0) {
+        }
     }
     [[nodiscard]] std::size_t tokens_of(std::string_view text) const override { return engine_.tokenize(text).size(); }
     [[nodiscard]] std::string name() const override { return engine_.shape().name; }
@@ -47,6 +63,7 @@ public:
         for (const keel::tensor_info& t : engine_.file().tensors()) sum += elements(t);
         return sum;
     }
+    [[nodiscard]] double state_bytes() const override { return static_cast<double>(engine_.plan().state); }
     [[nodiscard]] double bytes_per_token(std::int64_t position) const override {
         return static_cast<double>(engine_.bytes_per_token(position));
     }

@@ -70,9 +70,10 @@ inline tokenizer read_tokenizer(const gguf& file) {
     }
 }
 
-/// The context that a session of a model gets. Throws errc::argument for one that the model was not trained for.
+/// The context that a session of a model gets. Throws errc::argument for one that the model was not trained for, unless
+/// the options allow it.
 inline index context_of(const config& c, const session_options& options) {
-    if (options.context < 0 || options.context > c.context) {
+    if (options.context < 0 || (options.context > c.context && !options.beyond_training)) {
         throw error(errc::argument, "context",
                     std::to_string(options.context) + " tokens, but the model is made for at most " +
                         std::to_string(c.context));

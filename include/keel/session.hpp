@@ -34,6 +34,7 @@ namespace keel::inline KEEL_ABI {
 
 struct session_options {
     index context = 0;  ///< most tokens that the session will hold; 0: what the model was trained for, at most 8192
+    bool beyond_training = false;  ///< more than the model was trained for is not an error
 
     /// Copies of the recurrent state (43 MB each for Kimi-Linear) that the session keeps by itself where turns begin
     /// and every checkpoint_every tokens, so that going back does not mean starting anew.
@@ -100,10 +101,10 @@ private:
 
 /// One timeline: tokens, and the state that the model has after them. Made by an engine, which it keeps alive.
 ///
-/// A value: a copy goes on independently, and to the bit as the original would. Copying costs the recurrent state; the
-/// latent cache is shared until one of the two appends to it. One session serves one thread at a time (a second one is
-/// errc::argument); different sessions, also of one engine, may run on different threads. After errc::device or
-/// errc::numeric a session must not go on.
+/// A value: a copy goes on independently, and to the bit as the original would. Copying costs the recurrent state (and
+/// the rows for replays, if there are any); the full blocks of the latent cache are shared. One session serves one
+/// thread at a time (a second one is errc::argument); different sessions, also of one engine, may run on different
+/// threads. After errc::device or errc::numeric a session must not go on.
 template <class B>
 class basic_session {
     static_assert(backend<B>);
@@ -257,11 +258,9 @@ private:
         const memory_layout layout = state_.layout();
         if (header.layout != layout_numbers(layout)) from.fail(errc::argument, "was made with another precision");
         const index length = static_cast<index>(header.state_tokens);
-        const index blocks =
-            layout.mla_layers == 0 ? 0 : (length + memory_layout::block_rows - 1) / memory_layout::block_rows;
         if (header.state_tokens > header.tokens || (header.logits != 0 && header.logits != vocabulary()) ||
             header.recurrent_bytes != static_cast<std::uint64_t>(layout.recurrent_bytes()) ||
-            header.blocks != static_cast<std::uint64_t>(blocks) ||
+            header.blocks != layout.blocks(length) ||
             header.block_bytes != static_cast<std::uint64_t>(layout.block_bytes())) {
             from.fail(errc::format, "contradicts itself");
         }

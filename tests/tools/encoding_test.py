@@ -55,6 +55,16 @@ class Encoding(unittest.TestCase):
         self.assertAlmostEqual(found["mean_nll"], nll / count, delta=1e-5)
         self.assertGreater(found["perplexity_error"], 0)
 
+    def test_perplexity_of_a_whole_text_is_that_of_one_session(self):
+        result = json.loads(keel("perplexity", "-m", MODEL, "-f", self.text, "--whole", "--precision", "exact", "--json"))
+        ids = json.loads(keel("tokenize", "-m", MODEL, "-f", self.text))
+        alone = json.loads(keel("eval", "-m", MODEL, "--precision", "exact", "--ids", ",".join(map(str, ids))))
+        self.assertEqual(result["tokens"], len(ids) - 1)
+        self.assertEqual(sum(t["tokens"] for t in result["tenths"]), len(ids) - 1)
+        self.assertAlmostEqual(result["whole"]["mean_nll"], alone["mean_nll"], delta=1e-5)
+        self.assertAlmostEqual(sum(t["mean_nll"] * t["tokens"] for t in result["tenths"]) / (len(ids) - 1),
+                               alone["mean_nll"], delta=1e-5)
+
     def test_divergence_from_itself_is_nothing_and_grows_with_fewer_bits(self):
         base = self.folder / "base"
         perplexity("-m", MODEL, "-f", self.text, "--save-logits", base)

@@ -40,9 +40,26 @@ public:
 
     /// Does what a line says. Throws what goes wrong; the conversation is then as it was before.
     void take(const std::string& line) {
+        const std::size_t branch = current_, branches = branches_.size();
+        auto before = now().fork();
+        try {
+            run(line);
+        } catch (const std::exception&) {
+            branches_.resize(branches);
+            current_ = branch;
+            branches_[branch] = std::move(before);
+            throw;
+        }
+    }
+
+private:
+    void run(const std::string& line) {
         const auto space = line.find(' ');
         const std::string command = line.substr(0, space);
         const std::string rest = space == std::string::npos ? "" : line.substr(space + 1);
+        const auto need = [&](const char* what) {
+            if (rest.empty()) throw std::runtime_error(command + " needs " + what);
+        };
         if (line.front() != '/') {
             say(line);
         } else if (command == "/undo") {
@@ -53,7 +70,7 @@ public:
             now().rewind(middle + 1);
             answer();
         } else if (command == "/edit") {
-            if (rest.empty()) throw std::runtime_error("/edit needs the new text");
+            need("the new text");
             now().rewind(last_turn());
             say(rest);
         } else if (command == "/fork") {
@@ -67,8 +84,10 @@ public:
             }
             current_ = n - 1;
         } else if (command == "/save") {
+            need("a file name");
             now().save(rest);
         } else if (command == "/load") {
+            need("a file name");
             branches_[current_] = model_->resume(rest, options_.run.context, options_.sample);
         } else if (command == "/tokens") {
             std::fprintf(stderr, "%lld of %lld tokens\n", static_cast<long long>(now().position()),
@@ -78,7 +97,6 @@ public:
         }
     }
 
-private:
     session& now() { return *branches_[current_]; }
 
     /// The last place of a control token in front of `end`, or -1.
@@ -100,15 +118,10 @@ private:
         const std::int64_t before = now().position();
         if (before == 0 && !options_.system.empty()) messages.push_back({message::author::system, options_.system});
         messages.push_back({message::author::user, text});
-        try {
-            now().feed(model_->turn(messages, before > 0), [&](std::string_view stage, std::uint64_t done,
-                                                               std::uint64_t total) {
-                return !interrupted && (!options_.run.model.tell || options_.run.model.tell(stage, done, total));
-            });
-        } catch (const std::exception&) {
-            now().rewind(before);
-            throw;
-        }
+        now().feed(model_->turn(messages, before > 0),
+                   [&](std::string_view stage, std::uint64_t done, std::uint64_t total) {
+                       return !interrupted && (!options_.run.model.tell || options_.run.model.tell(stage, done, total));
+                   });
         answer();
     }
 

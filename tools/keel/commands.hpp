@@ -105,6 +105,7 @@ struct perplexity_options {
     run_options run;
     std::string file;
     std::string base, save;  ///< files of log probabilities
+    bool whole = false;      ///< one session over the whole text
     bool force = false, json = false;
 };
 void perplexity(const perplexity_options& options);

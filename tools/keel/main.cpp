@@ -184,6 +184,10 @@ int main(int argc, char** argv) {
     text->add_option("--kld-base", perplexity.base, "compare with these logits, for the text that they are of");
     text->require_option(1, 2);
     command->add_option("--save-logits", perplexity.save, "write the logits there, to compare other models with");
+    command
+        ->add_flag("--whole", perplexity.whole,
+                   "one session over the whole text, however long, instead of chunks; perplexity of each tenth")
+        ->excludes("--kld-base", "--save-logits", "--ctx");
     command->add_flag("--force", perplexity.force, "replace an existing file of logits");
     command->add_flag("--json", perplexity.json, "print one JSON object");
     command->callback([&] {

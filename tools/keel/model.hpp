@@ -65,7 +65,9 @@ struct message {
 class model {
 public:
     virtual ~model() = default;
-    virtual std::unique_ptr<session> start(std::int64_t context, const sampling& how) const = 0;
+    /// `beyond_training`: the context may be longer than what the model was trained for.
+    virtual std::unique_ptr<session> start(std::int64_t context, const sampling& how,
+                                           bool beyond_training = false) const = 0;
     /// A session that was saved.
     virtual std::unique_ptr<session> resume(const std::string& path, std::int64_t context,
                                             const sampling& how) const = 0;

@@ -53,8 +53,8 @@ class model_of : public model {
 public:
     explicit model_of(const model_options& options) : engine_(open(options), engine_options(options)) {}
 
-    std::unique_ptr<session> start(std::int64_t context, const sampling& how) const override {
-        return wrap(engine_.start({.context = context}), how);
+    std::unique_ptr<session> start(std::int64_t context, const sampling& how, bool beyond_training) const override {
+        return wrap(engine_.start({.context = context, .beyond_training = beyond_training}), how);
     }
     std::unique_ptr<session> resume(const std::string& path, std::int64_t context, const sampling& how) const override {
         return wrap(engine_.resume(path, {.context = context}), how);

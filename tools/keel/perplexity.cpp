@@ -5,7 +5,10 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <span>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "commands.hpp"
@@ -16,12 +19,17 @@ namespace tool {
 
 namespace {
 
+std::vector<std::int32_t> document(const model& loaded, const std::string& file) {
+    std::vector<std::int32_t> tokens = loaded.encode(read_text(file), false);
+    if (const auto start = loaded.document_start()) tokens.insert(tokens.begin(), *start);
+    return tokens;
+}
+
 /// Whole chunks of the text; what is left over at its end is not scored.
-text_chunks cut(const model& loaded, const std::string& text, std::int64_t context) {
+text_chunks cut(std::vector<std::int32_t> tokens, std::int64_t context) {
     text_chunks chunks;
     chunks.context = static_cast<std::int32_t>(context);
-    chunks.tokens = loaded.encode(text, false);
-    if (const auto start = loaded.document_start()) chunks.tokens.insert(chunks.tokens.begin(), *start);
+    chunks.tokens = std::move(tokens);
     chunks.count = static_cast<std::int32_t>(chunks.tokens.size() / static_cast<std::size_t>(context));
     if (chunks.count == 0) {
         throw std::runtime_error("--file: has " + std::to_string(chunks.tokens.size()) + " tokens, at least " +
@@ -35,7 +43,7 @@ text_chunks cut(const model& loaded, const std::string& text, std::int64_t conte
 struct estimate {
     double mean = 0, error = 0;
 
-    explicit estimate(const std::vector<double>& values) {
+    explicit estimate(std::span<const double> values) {
         const double n = static_cast<double>(values.size());
         double squares = 0;
         for (const double x : values) mean += x / n;
@@ -52,6 +60,49 @@ double quantile(std::vector<double> values, double share) {
     return values[below] + (place - static_cast<double>(below)) * (values[above] - values[below]);
 }
 
+/// -log p of what comes behind `position` of the tokens. Throws if it is not finite: then something in the model is
+/// not.
+double surprise(std::span<const double> log_p, std::span<const std::int32_t> tokens, std::int64_t position) {
+    const double nll = -log_p[static_cast<std::size_t>(tokens[static_cast<std::size_t>(position) + 1])];
+    if (!std::isfinite(nll)) {
+        throw std::runtime_error("position " + std::to_string(position) + ": the logits are not finite");
+    }
+    return nll;
+}
+
+/// The whole text in one session: perplexity of each tenth.
+void follow(const perplexity_options& options) {
+    const auto loaded = load(options.run.model);
+    const std::vector<std::int32_t> tokens = document(*loaded, options.file);
+    if (tokens.size() < 11) throw std::runtime_error("--file: has fewer than ten tokens");
+    const auto scored = std::span(tokens).first(tokens.size() - 1);
+    const auto session = loaded->start(static_cast<std::int64_t>(tokens.size()), {}, true);
+    std::vector<double> nll;
+    session->feed(scored, options.run.model.tell, [&](std::int64_t position, std::span<const float> logits) {
+        nll.push_back(surprise(log_probabilities(logits), tokens, position));
+    });
+
+    nlohmann::ordered_json result = {{"tokens", nll.size()}};
+    const auto part = [&](std::size_t from, std::size_t to) {
+        const estimate likelihood(std::span(nll).subspan(from, to - from));
+        const double value = std::exp(likelihood.mean);
+        if (!options.json) {
+            std::printf("positions %8zu to %8zu: perplexity %.4f +- %.4f\n", from, to - 1, value,
+                        value * likelihood.error);
+        }
+        return nlohmann::ordered_json{{"first", from},
+                                      {"tokens", to - from},
+                                      {"mean_nll", likelihood.mean},
+                                      {"perplexity", value},
+                                      {"perplexity_error", value * likelihood.error}};
+    };
+    for (std::size_t i = 0; i < 10; ++i) {
+        result["tenths"].push_back(part(nll.size() * i / 10, nll.size() * (i + 1) / 10));
+    }
+    result["whole"] = part(0, nll.size());
+    if (options.json) std::cout << result.dump() << '\n';
+}
+
 std::size_t likeliest(const std::vector<double>& log_p) {
     return static_cast<std::size_t>(std::max_element(log_p.begin(), log_p.end()) - log_p.begin());
 }
@@ -59,11 +110,12 @@ std::size_t likeliest(const std::vector<double>& log_p) {
 }  // namespace
 
 void perplexity(const perplexity_options& options) {
+    if (options.whole) return follow(options);
     const std::int64_t context = options.run.context > 0 ? options.run.context : 512;
     const auto loaded = load(options.run.model);
     std::optional<log_probability_reader> base;
     if (!options.base.empty()) base.emplace(options.base);
-    text_chunks text = base ? base->text() : cut(*loaded, read_text(options.file), context);
+    text_chunks text = base ? base->text() : cut(document(*loaded, options.file), context);
     const auto first = static_cast<std::size_t>(text.context / 2);
 
     std::optional<log_probability_writer> save;
@@ -88,7 +140,6 @@ void perplexity(const perplexity_options& options) {
                                            options.force ? keel::existing_file::replace : keel::existing_file::keep);
                           }
                           const std::vector<double> log_p = log_probabilities(logits);
-                          const auto next = static_cast<std::size_t>(chunk[static_cast<std::size_t>(position) + 1]);
                           if (save) save->add(log_p);
                           if (base) {
                               if (log_p.size() != static_cast<std::size_t>(text.vocabulary)) {
@@ -103,7 +154,7 @@ void perplexity(const perplexity_options& options) {
                               divergence.push_back(sum);
                               agreed += likeliest(log_p) == likeliest(expected) ? 1 : 0;
                           }
-                          nll.push_back(-log_p[next]);
+                          nll.push_back(surprise(log_p, chunk, position));
                       });
     }
     if (options.run.model.tell) options.run.model.tell("perplexity", 1, 1);

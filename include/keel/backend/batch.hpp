@@ -43,6 +43,11 @@ struct memory_layout {
     [[nodiscard]] KEEL_HD constexpr index latent_row_bytes() const { return latent_width * cache_element_bytes(); }
     [[nodiscard]] KEEL_HD constexpr index block_bytes() const { return mla_layers * block_rows * latent_row_bytes(); }
 
+    /// Blocks that hold the latent rows of `positions` tokens.
+    [[nodiscard]] constexpr std::size_t blocks(index positions) const {
+        return mla_layers == 0 ? 0 : static_cast<std::size_t>((positions + block_rows - 1) / block_rows);
+    }
+
     /// Floats that a replay needs of a token and KDA layer: its q, k, v before the convolution, the low-rank decay,
     /// beta.
     [[nodiscard]] KEEL_HD constexpr index kept_floats() const { return 3 * channels() + head_dim + heads; }

@@ -28,11 +28,16 @@ namespace detail {
 template <class Grid, class F>
 void encode_scaled(const tile<32>& t, const sweep& positions, const float* from, index blocks, F&& f) {
     const lanes scale = fit_scale<Grid>(t, positions);
+    lanes_of<f16> d;
+    lanes inverse;
+    for (int l = 0; l < lane_count; ++l) {
+        d[l] = to_scale(scale[l] * t.unit[l]);
+        inverse[l] = reciprocal(to_float(d[l]));
+    }
     for (int b = 0; b < blocks; ++b) {
-        const f16 d = to_scale(scale[b] * t.unit[b]);
         std::uint8_t codes[32];
-        write_codes<Grid>(from + 32 * b, 32, to_float(d), 0.0f, codes);
-        f(b, d, codes);
+        write_codes<Grid>(from + 32 * b, 32, inverse[b], 0.0f, codes);
+        f(b, d[b], codes);
     }
 }
 
@@ -48,11 +53,18 @@ void encode_affine(tile<32>& t, const sweep& positions, const float* from, index
         for (int l = 0; l < lane_count; ++l) x[l] -= low[l];
     }
     const affine fit = fit_affine<high, false>(t, positions, t.weighted);
+    lanes_of<f16> d, m;
+    lanes inverse, minimum;
+    for (int l = 0; l < lane_count; ++l) {
+        d[l] = to_scale(fit.scale[l] * t.unit[l]);
+        m[l] = to_scale((fit.minimum[l] + low[l]) * t.unit[l]);
+        inverse[l] = reciprocal(to_float(d[l]));
+        minimum[l] = to_float(m[l]);
+    }
     for (int b = 0; b < blocks; ++b) {
-        const f16 d = to_scale(fit.scale[b] * t.unit[b]), m = to_scale((fit.minimum[b] + low[b]) * t.unit[b]);
         std::uint8_t codes[32];
-        write_codes<integers<0, high>>(from + 32 * b, 32, to_float(d), to_float(m), codes);
-        f(b, d, m, codes);
+        write_codes<integers<0, high>>(from + 32 * b, 32, inverse[b], minimum[b], codes);
+        f(b, d[b], m[b], codes);
     }
 }
 
@@ -139,7 +151,7 @@ inline void encode(const tile<32>& t, const float* from, block_mxfp4* to, index 
     for (int b = 0; b < blocks; ++b) {
         if (t.unit[b] >= smallest_unit) {
             std::uint8_t codes[32];
-            write_codes<mxfp4_grid>(from + 32 * b, 32, power_of_two(chosen[b]), 0.0f, codes);
+            write_codes<mxfp4_grid>(from + 32 * b, 32, power_of_two(-chosen[b]), 0.0f, codes);
             to[b].e = static_cast<std::uint8_t>(chosen[b] + 128);
             pack_nibbles(codes, codes + 16, 16, to[b].qs);
         } else {

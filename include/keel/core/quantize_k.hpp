@@ -218,7 +218,8 @@ void for_each_encoded(const float* from, index blocks, Scale&& scale, Minimum&& 
         const int first = static_cast<int>(b) * (256 / N);
         std::uint8_t codes[256];
         for (int g = 0; g < 256 / N; ++g) {
-            write_codes<Grid>(from + 256 * b + N * g, N, scale(first + g), minimum(first + g), codes + N * g);
+            write_codes<Grid>(from + 256 * b + N * g, N, reciprocal(scale(first + g)), minimum(first + g),
+                              codes + N * g);
         }
         f(b, first, codes);
     }

@@ -83,12 +83,16 @@ void load(tile<N>& t, const float* from, int elements, index blocks) {
     }
 }
 
-/// The integer nearest to y within [low, high]; ties to even. Any y is allowed; a NaN gives low or high.
-/// Adding 1.5 * 2^23 rounds, and floats of one sign order as integers, so that nothing here depends on the value.
-inline int nearest(float y, int low, int high) {
-    const std::int32_t q = std::bit_cast<std::int32_t>(y + 0x1.8p23f) - 0x4B400000;
-    const std::int32_t at_least = q > low ? q : low;
-    return at_least < high ? at_least : high;
+/// Adding 1.5 * 2^23 rounds to an integer, ties to even, which the lowest bits then hold.
+inline constexpr float rounding = 0x1.8p23f;
+
+/// The integer nearest to y within [low, high], still with `rounding` added to it. Any y is allowed; a NaN gives low or
+/// high. Floats of one sign order as integers, so that nothing here depends on the value.
+inline std::int32_t nearest(float y, int low, int high) {
+    constexpr std::int32_t zero = std::bit_cast<std::int32_t>(rounding);
+    const std::int32_t q = std::bit_cast<std::int32_t>(y + rounding);
+    const std::int32_t at_least = q > zero + low ? q : zero + low;
+    return at_least < zero + high ? at_least : zero + high;
 }
 
 /// All ones if a > b, otherwise zero. Choosing with masks keeps branches, which hinder vectorising, out of the loops.
@@ -113,8 +117,10 @@ inline f16 to_scale(float x) {
 /// The integers in [low, high], stored with an offset.
 template <int low, int high>
 struct integers {
-    static float value(float y) { return static_cast<float>(nearest(y, low, high)); }
-    static std::uint8_t code(float y) { return static_cast<std::uint8_t>(nearest(y, low, high) - low); }
+    static float value(float y) { return std::bit_cast<float>(nearest(y, low, high)) - rounding; }
+    static std::uint8_t code(float y) {
+        return static_cast<std::uint8_t>(nearest(y, low, high) - std::bit_cast<std::int32_t>(rounding) - low);
+    }
 };
 
 /// The sixteen values of IQ4_NL and IQ4_XS: counts the midpoints below y.
@@ -141,7 +147,7 @@ struct mxfp4_grid {
         const std::uint32_t bits = std::bit_cast<std::uint32_t>(a);
         const std::uint32_t rounded = (bits + 0x1FFFFFu + ((bits >> 22) & 1u)) & 0xFFC00000u;
         const std::uint32_t normal = rounded < 0x41400000u ? rounded : 0x41400000u;  // 12
-        const float integer = (a + 0x1.8p23f) - 0x1.8p23f;
+        const float integer = (a + rounding) - rounding;
         return select(greater(2.0f, a), integer, std::bit_cast<float>(normal));
     }
     static float value(float y) { return std::copysign(magnitude(y), y); }
@@ -157,13 +163,36 @@ struct scale_sums {
     lanes qq = {}, qx = {};
 };
 
-template <class Grid, int N>
+template <class Grid, bool weighted, int N>
 scale_sums tally(const tile<N>& t, const lanes& inverse) {
     scale_sums s;
     for (int i = 0; i < N; ++i) {
         for (int l = 0; l < lane_count; ++l) {
             const float q = Grid::value(t.x[i][l] * inverse[l]);
-            const float wq = t.w[i][l] * q;
+            const float wq = weighted ? t.w[i][l] * q : q;
+            s.qq[l] += wq * q;
+            s.qx[l] += wq * t.x[i][l];
+        }
+    }
+    return s;
+}
+template <class Grid, int N>
+scale_sums tally(const tile<N>& t, const lanes& inverse) {
+    return t.weighted ? tally<Grid, true>(t, inverse) : tally<Grid, false>(t, inverse);
+}
+
+struct affine_sums {
+    lanes q = {}, qq = {}, qx = {};
+};
+
+template <class Grid, bool weighted, int N>
+affine_sums tally(const tile<N>& t, const lanes& inverse, const lanes& offset) {
+    affine_sums s;
+    for (int i = 0; i < N; ++i) {
+        for (int l = 0; l < lane_count; ++l) {
+            const float q = Grid::value(t.x[i][l] * inverse[l] + offset[l]);
+            const float wq = weighted ? t.w[i][l] * q : q;
+            s.q[l] += wq;
             s.qq[l] += wq * q;
             s.qx[l] += wq * t.x[i][l];
         }
@@ -171,23 +200,9 @@ scale_sums tally(const tile<N>& t, const lanes& inverse) {
     return s;
 }
 
-struct affine_sums {
-    lanes q = {}, qq = {}, qx = {};
-};
-
 template <class Grid, int N>
 affine_sums tally(const tile<N>& t, const lanes& inverse, const lanes& offset) {
-    affine_sums s;
-    for (int i = 0; i < N; ++i) {
-        for (int l = 0; l < lane_count; ++l) {
-            const float q = Grid::value(t.x[i][l] * inverse[l] + offset[l]);
-            const float wq = t.w[i][l] * q;
-            s.q[l] += wq;
-            s.qq[l] += wq * q;
-            s.qx[l] += wq * t.x[i][l];
-        }
-    }
-    return s;
+    return t.weighted ? tally<Grid, true>(t, inverse, offset) : tally<Grid, false>(t, inverse, offset);
 }
 
 /// Positions on the grid to which the extreme element of a group is mapped in turn.
@@ -303,10 +318,9 @@ affine fit_affine(const tile<N>& t, const sweep& positions, bool look_around) {
     return fit;
 }
 
-/// The codes, in file order, of n elements x that become scale * value + minimum.
+/// The codes, in file order, of n elements x that become value / inverse + minimum.
 template <class Grid>
-void write_codes(const float* x, int n, float scale, float minimum, std::uint8_t* codes) {
-    const float inverse = reciprocal(scale);
+void write_codes(const float* x, int n, float inverse, float minimum, std::uint8_t* codes) {
     for (int i = 0; i < n; ++i) codes[i] = Grid::code((x[i] - minimum) * inverse);
 }
 

@@ -159,13 +159,12 @@ struct plan_options {
 template <backend B>
 memory_plan make_plan(const config& c, const plan_options& o) {
     const memory_layout layout = c.memory(o.backend.precision);
-    const index blocks = (o.context + memory_layout::block_rows - 1) / memory_layout::block_rows;
     const index window = o.replay == 0 ? 0 : layout.recurrent_bytes() + replay_window_bytes(layout, o.replay);
     return {.weights = o.weight_bytes,
             .workspace = workspace_bytes<B>(c, o.backend, o.batch_rows, o.context),
             .state = layout.recurrent_bytes(),
             .cache_per_token = layout.mla_layers * layout.latent_row_bytes(),
-            .cache = blocks * layout.block_bytes(),
+            .cache = static_cast<index>(layout.blocks(o.context)) * layout.block_bytes(),
             .going_back = o.checkpoints * layout.recurrent_bytes() + window};
 }
 

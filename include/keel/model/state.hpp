@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <span>
@@ -17,8 +15,9 @@
 namespace keel::inline KEEL_ABI {
 
 /// What a sequence remembers: the recurrent state of the KDA layers, and one latent row per token of each MLA layer, in
-/// blocks. A value: a copy continues on its own and to the bit like the original. The recurrent part (its size does not
-/// depend on the length) is copied; blocks are shared until one of the copies appends to the last, unfinished one.
+/// blocks. A value: a copy continues on its own and to the bit like the original. Copying costs the recurrent part,
+/// whose size does not depend on the length, and the last block if there is room left in it; full blocks never change
+/// again and are shared.
 template <backend B>
 class sequence_state {
 public:
@@ -39,14 +38,31 @@ public:
         length_ = length;
     }
 
+    sequence_state(const sequence_state& other)
+        : layout_(other.layout_),
+          recurrent_(other.recurrent_),
+          blocks_(other.blocks_),
+          pointers_(other.pointers_),
+          length_(other.length_) {
+        keep_blocks(length_);
+    }
+    sequence_state(sequence_state&&) noexcept = default;
+    sequence_state& operator=(sequence_state other) noexcept {
+        std::swap(layout_, other.layout_);
+        std::swap(recurrent_, other.recurrent_);
+        blocks_.swap(other.blocks_);
+        pointers_.swap(other.pointers_);
+        length_ = other.length_;
+        return *this;
+    }
+    ~sequence_state() = default;
+
     /// Goes back to an earlier length, whose recurrent part this is. Of the latent cache `cached` tokens stay, no fewer
     /// than `length`: a replay leads to them.
     void resume(const typename B::buffer& recurrent, index length, index cached) {
         recurrent_ = recurrent;
         length_ = length;
-        const index blocks = (cached + memory_layout::block_rows - 1) / memory_layout::block_rows;
-        blocks_.resize(std::min(blocks_.size(), static_cast<std::size_t>(blocks)));
-        pointers_.resize(blocks_.size());
+        keep_blocks(cached);
     }
 
     /// The next `rows` rows of a replay, which leaves the latent cache alone.
@@ -74,21 +90,20 @@ public:
 
 private:
     void make_room(const B& b, index positions) {
-        if (layout_.mla_layers == 0) return;
-        const bool unfinished = length_ % memory_layout::block_rows != 0;
-        if (unfinished && positions > length_ && !owned(blocks_.back())) place(blocks_.size() - 1, *blocks_.back());
-        while (static_cast<index>(blocks_.size()) * memory_layout::block_rows < positions) {
+        const std::size_t needed = layout_.blocks(positions);
+        while (blocks_.size() < needed) {
             blocks_.emplace_back();
             pointers_.emplace_back();
             place(blocks_.size() - 1, b.allocate(layout_.block_bytes()));
         }
     }
 
-    /// True if no other copy refers to the block. Whoever let go of it last is done with it.
-    static bool owned(const std::shared_ptr<const typename B::buffer>& block) {
-        const bool alone = block.use_count() == 1;
-        std::atomic_thread_fence(std::memory_order_acquire);
-        return alone;
+    /// Lets go of what is behind the first `rows` rows. Rows will be appended to the last block, if it is not full
+    /// then, so that it has to be this sequence's alone.
+    void keep_blocks(index rows) {
+        blocks_.resize(layout_.blocks(rows));
+        pointers_.resize(blocks_.size());
+        if (!blocks_.empty() && rows % memory_layout::block_rows != 0) place(blocks_.size() - 1, *blocks_.back());
     }
 
     void place(std::size_t i, typename B::buffer block) {
@@ -99,7 +114,7 @@ private:
     memory_layout layout_;
     typename B::buffer recurrent_;
     std::vector<std::shared_ptr<const typename B::buffer>> blocks_;
-    std::vector<std::byte*> pointers_;  // of the blocks; only an owned block is written to, behind length_
+    std::vector<std::byte*> pointers_;  // of the blocks; written to behind length_ only
     index length_ = 0;
 };
 
