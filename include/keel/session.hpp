@@ -209,11 +209,14 @@ public:
         file.write(std::as_bytes(std::span(tokens_)));
         file.write(std::as_bytes(std::span(logits_).first(header.logits)));
         model_->run.with_backend([&](B& b) {
-            std::vector<std::byte> piece;
+            std::vector<std::byte> piece(std::size_t{1} << 18);  // stays in a near cache
             const auto write = [&](const typename B::buffer& from) {
-                piece.resize(static_cast<std::size_t>(from.size()));
-                b.download(piece.data(), from.data(), from.size());
-                file.write(piece);
+                for (index done = 0; done < from.size();) {
+                    const index n = std::min(from.size() - done, static_cast<index>(piece.size()));
+                    b.download(piece.data(), from.data() + done, n);
+                    file.write(std::span(piece).first(static_cast<std::size_t>(n)));
+                    done += n;
+                }
             };
             write(state_.recurrent());
             for (const auto& block : state_.blocks()) write(*block);

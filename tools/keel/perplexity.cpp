@@ -84,7 +84,7 @@ void follow(const perplexity_options& options) {
 
     nlohmann::ordered_json result = {{"tokens", nll.size()}};
     const auto part = [&](std::size_t from, std::size_t to) {
-        const estimate likelihood(std::span(nll).subspan(from, to - from));
+        const estimate likelihood(std::span<const double>(nll).subspan(from, to - from));
         const double value = std::exp(likelihood.mean);
         if (!options.json) {
             std::printf("positions %8zu to %8zu: perplexity %.4f +- %.4f\n", from, to - 1, value,

@@ -163,7 +163,7 @@ struct scale_sums {
     lanes qq = {}, qx = {};
 };
 
-template <class Grid, bool weighted, int N>
+template <bool weighted, class Grid, int N>
 scale_sums tally(const tile<N>& t, const lanes& inverse) {
     scale_sums s;
     for (int i = 0; i < N; ++i) {
@@ -178,14 +178,14 @@ scale_sums tally(const tile<N>& t, const lanes& inverse) {
 }
 template <class Grid, int N>
 scale_sums tally(const tile<N>& t, const lanes& inverse) {
-    return t.weighted ? tally<Grid, true>(t, inverse) : tally<Grid, false>(t, inverse);
+    return t.weighted ? tally<true, Grid>(t, inverse) : tally<false, Grid>(t, inverse);
 }
 
 struct affine_sums {
     lanes q = {}, qq = {}, qx = {};
 };
 
-template <class Grid, bool weighted, int N>
+template <bool weighted, class Grid, int N>
 affine_sums tally(const tile<N>& t, const lanes& inverse, const lanes& offset) {
     affine_sums s;
     for (int i = 0; i < N; ++i) {
@@ -202,7 +202,7 @@ affine_sums tally(const tile<N>& t, const lanes& inverse, const lanes& offset) {
 
 template <class Grid, int N>
 affine_sums tally(const tile<N>& t, const lanes& inverse, const lanes& offset) {
-    return t.weighted ? tally<Grid, true>(t, inverse, offset) : tally<Grid, false>(t, inverse, offset);
+    return t.weighted ? tally<true, Grid>(t, inverse, offset) : tally<false, Grid>(t, inverse, offset);
 }
 
 /// Positions on the grid to which the extreme element of a group is mapped in turn.
