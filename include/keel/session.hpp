@@ -2,12 +2,10 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -27,6 +25,7 @@
 #include <keel/io/snapshot.hpp>
 #include <keel/model/executor.hpp>
 #include <keel/model/history.hpp>
+#include <keel/model/saved_sequence.hpp>
 #include <keel/model/state.hpp>
 #include <keel/text/tokenizer.hpp>
 
@@ -195,33 +194,8 @@ public:
     /// appears under its name when it is complete. Throws errc::file.
     void save(const std::filesystem::path& path) {
         const detail::one_at_a_time::hold alone(in_use_);
-        snapshot_header header;
-        header.model = model_->fingerprint;
-        header.layout = layout_numbers(state_.layout());
-        header.state_tokens = static_cast<std::uint64_t>(state_.length());
-        header.tokens = tokens_.size();
-        const bool with_logits = logits_behind_ == state_.length();
-        header.logits = with_logits ? logits_.size() : 0;
-        header.recurrent_bytes = static_cast<std::uint64_t>(state_.recurrent().size());
-        header.blocks = state_.blocks().size();
-        header.block_bytes = static_cast<std::uint64_t>(state_.layout().block_bytes());
-        snapshot_writer file(path, header);
-        file.write(std::as_bytes(std::span(tokens_)));
-        file.write(std::as_bytes(std::span(logits_).first(header.logits)));
-        model_->run.with_backend([&](B& b) {
-            std::vector<std::byte> piece(std::size_t{1} << 18);  // stays in a near cache
-            const auto write = [&](const typename B::buffer& from) {
-                for (index done = 0; done < from.size();) {
-                    const index n = std::min(from.size() - done, static_cast<index>(piece.size()));
-                    b.download(piece.data(), from.data() + done, n);
-                    file.write(std::span(piece).first(static_cast<std::size_t>(n)));
-                    done += n;
-                }
-            };
-            write(state_.recurrent());
-            for (const auto& block : state_.blocks()) write(*block);
-        });
-        file.commit();
+        save_sequence(path, model_->fingerprint, model_->run, tokens(), state_,
+                      logits_behind_ == state_.length() ? std::span<const float>(logits_) : std::span<const float>());
     }
 
 private:
@@ -256,35 +230,11 @@ private:
     basic_session(std::shared_ptr<const detail::loaded_model<B>> model, index context, const session_options& options,
                   const snapshot& from)
         : basic_session(std::move(model), context, options) {
-        const snapshot_header& header = from.header();
-        if (header.model != model_->fingerprint) from.fail(errc::argument, "belongs to another model");
-        const memory_layout layout = state_.layout();
-        if (header.layout != layout_numbers(layout)) from.fail(errc::argument, "was made with another precision");
-        const index length = static_cast<index>(header.state_tokens);
-        if (header.state_tokens > header.tokens || (header.logits != 0 && header.logits != vocabulary()) ||
-            header.recurrent_bytes != static_cast<std::uint64_t>(layout.recurrent_bytes()) ||
-            header.blocks != layout.blocks(length) ||
-            header.block_bytes != static_cast<std::uint64_t>(layout.block_bytes())) {
-            from.fail(errc::format, "contradicts itself");
-        }
-        std::vector<token> tokens(header.tokens);
-        std::memcpy(tokens.data(), from.tokens.data(), from.tokens.size());
-        push(tokens);
-        model_->run.with_backend(
-            [&](B& b) { state_ = sequence_state<B>(b, layout, length, from.recurrent, from.blocks); });
-        if (header.logits != 0) {
-            logits_.resize(header.logits);
-            std::memcpy(logits_.data(), from.logits.data(), from.logits.size());
-            logits_behind_ = length;
-        }
+        saved_sequence<B> saved = load_sequence(from, model_->fingerprint, model_->run);
+        push(saved.tokens);
+        state_ = std::move(saved.state);
+        set_logits(saved.logits.empty() ? nullptr : &saved.logits);
         if (window_) window_->begin_at(copy_state());
-    }
-
-    static std::array<std::uint64_t, 8> layout_numbers(const memory_layout& l) {
-        const auto number = [](index n) { return static_cast<std::uint64_t>(n); };
-        return {
-            number(l.kda_layers), number(l.heads),        number(l.head_dim),   number(l.taps),
-            number(l.mla_layers), number(l.latent_width), number(l.block_rows), static_cast<std::uint64_t>(l.cache)};
     }
 
     [[nodiscard]] std::uint64_t vocabulary() const {
@@ -319,7 +269,7 @@ private:
 
     [[nodiscard]] state_copy<B> copy_state() const {
         return {state_.length(), std::make_shared<const typename B::buffer>(state_.recurrent()),
-                logits_behind_ == state_.length() ? logits_ : std::vector<float>{}};
+                logits_behind_ == state_.length() ? std::make_shared<const std::vector<float>>(logits_) : nullptr};
     }
 
     void remember() {
@@ -356,7 +306,7 @@ private:
         sequence_state<B> state = model_->run.make_state();
         state.resume(*window_->start().recurrent, window_->start().length, 0);
         model_->run.replay(state, *window_, start - state.length(), context_);
-        window_->begin_at({start, std::make_shared<const typename B::buffer>(state.recurrent()), {}});
+        window_->begin_at({start, std::make_shared<const typename B::buffer>(state.recurrent()), nullptr});
     }
 
     void read_logits(B& b, view<const float, 1> from) {
@@ -409,7 +359,8 @@ private:
             // Without its logits a state at the target is of no use: the last token has to run again, so one less will
             // do.
             const auto* copy = history_.at_most(target);
-            if (copy != nullptr && copy->length == target && copy->logits.empty()) copy = history_.at_most(target - 1);
+            if (copy != nullptr && copy->length == target && copy->logits == nullptr)
+                copy = history_.at_most(target - 1);
             const index kept = copy == nullptr ? 0 : copy->length;
             const index wanted = std::max<index>(target - 1, 0);
             if (window_ && window_->start().length <= wanted && kept < target) {
@@ -417,13 +368,13 @@ private:
                 replayed = wanted - start.length;
                 state_.resume(*start.recurrent, start.length, wanted);
                 model_->run.replay(state_, *window_, replayed, context_);
-                set_logits(start.length == wanted ? start.logits : std::vector<float>{});
+                set_logits(start.length == wanted ? start.logits.get() : nullptr);
             } else if (copy != nullptr) {
                 state_.resume(*copy->recurrent, copy->length, copy->length);
-                set_logits(copy->logits);
+                set_logits(copy->logits.get());
             } else {
                 state_ = model_->run.make_state();
-                set_logits({});
+                set_logits(nullptr);
             }
             history_.forget_behind(target);
             if (window_ && window_->start().length > state_.length()) window_->begin_at(copy_state());
@@ -432,9 +383,10 @@ private:
         return {state_.length() - replayed, replayed, target - state_.length()};
     }
 
-    void set_logits(std::vector<float> logits) {
-        logits_behind_ = logits.empty() ? -1 : state_.length();
-        logits_ = std::move(logits);
+    /// The logits behind the state, or null if they are not known.
+    void set_logits(const std::vector<float>* logits) {
+        logits_behind_ = logits == nullptr ? -1 : state_.length();
+        logits_ = logits == nullptr ? std::vector<float>{} : *logits;
     }
 
     std::shared_ptr<const detail::loaded_model<B>> model_;

@@ -346,6 +346,14 @@ TEST_CASE("options that cannot be are refused before anything is written") {
     CHECK(keel::gguf::open(scratch / "out.gguf").tensors().size() == tiny().tensors().size());
 }
 
+TEST_CASE("a disk that is too small is noticed before anything is written") {
+    const scratch_folder scratch;
+    const auto target = scratch / "out.gguf";
+    keel::detail::check_free_space(target, 1);
+    expect_error(errc::file, {"out.gguf", "needs 1099511627776 MiB", "MiB left"},
+                 [&] { keel::detail::check_free_space(target, keel::index{1} << 60); });
+}
+
 #if !defined(_WIN32)
 
 TEST_CASE("a disk that fills up leaves nothing behind") {

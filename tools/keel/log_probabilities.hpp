@@ -35,12 +35,17 @@ struct text_chunks {
     [[nodiscard]] std::size_t scored() const { return static_cast<std::size_t>(context - 1 - context / 2); }
 };
 
+/// The logarithm of the sum of all exponentials.
+inline double log_sum(std::span<const float> logits) {
+    const float largest = *std::max_element(logits.begin(), logits.end());
+    double sum = 0;
+    for (const float x : logits) sum += static_cast<double>(std::exp(x - largest));
+    return static_cast<double>(largest) + std::log(sum);
+}
+
 /// log softmax.
 inline std::vector<double> log_probabilities(std::span<const float> logits) {
-    const double largest = static_cast<double>(*std::max_element(logits.begin(), logits.end()));
-    double sum = 0;
-    for (const float x : logits) sum += std::exp(static_cast<double>(x) - largest);
-    const double total = largest + std::log(sum);
+    const double total = log_sum(logits);
     std::vector<double> all(logits.size());
     for (std::size_t i = 0; i < all.size(); ++i) all[i] = static_cast<double>(logits[i]) - total;
     return all;

@@ -60,47 +60,46 @@ double quantile(std::vector<double> values, double share) {
     return values[below] + (place - static_cast<double>(below)) * (values[above] - values[below]);
 }
 
-/// -log p of what comes behind `position` of the tokens. Throws if it is not finite: then something in the model is
-/// not.
-double surprise(std::span<const double> log_p, std::span<const std::int32_t> tokens, std::int64_t position) {
-    const double nll = -log_p[static_cast<std::size_t>(tokens[static_cast<std::size_t>(position) + 1])];
+/// Throws if what follows `position` has no finite likelihood: then something in the model is not finite.
+double checked(double nll, std::int64_t position) {
     if (!std::isfinite(nll)) {
         throw std::runtime_error("position " + std::to_string(position) + ": the logits are not finite");
     }
     return nll;
 }
 
-/// The whole text in one session: perplexity of each tenth.
+/// The whole text in one session: perplexity of each tenth, told as soon as it is known.
 void follow(const perplexity_options& options) {
     const auto loaded = load(options.run.model);
     const std::vector<std::int32_t> tokens = document(*loaded, options.file);
     if (tokens.size() < 11) throw std::runtime_error("--file: has fewer than ten tokens");
     const auto scored = std::span(tokens).first(tokens.size() - 1);
     const auto session = loaded->start(static_cast<std::int64_t>(tokens.size()), {}, true);
-    std::vector<double> nll;
-    session->feed(scored, options.run.model.tell, [&](std::int64_t position, std::span<const float> logits) {
-        nll.push_back(surprise(log_probabilities(logits), tokens, position));
-    });
 
-    nlohmann::ordered_json result = {{"tokens", nll.size()}};
+    std::vector<double> nll;
     const auto part = [&](std::size_t from, std::size_t to) {
         const estimate likelihood(std::span<const double>(nll).subspan(from, to - from));
-        const double value = std::exp(likelihood.mean);
+        const double value = std::exp(likelihood.mean), error = value * likelihood.error;
         if (!options.json) {
-            std::printf("positions %8zu to %8zu: perplexity %.4f +- %.4f\n", from, to - 1, value,
-                        value * likelihood.error);
+            std::printf("positions %8zu to %8zu: perplexity %.4f +- %.4f\n", from, to - 1, value, error);
+            std::fflush(stdout);
         }
         return nlohmann::ordered_json{{"first", from},
                                       {"tokens", to - from},
                                       {"mean_nll", likelihood.mean},
                                       {"perplexity", value},
-                                      {"perplexity_error", value * likelihood.error}};
+                                      {"perplexity_error", error}};
     };
-    for (std::size_t i = 0; i < 10; ++i) {
-        result["tenths"].push_back(part(nll.size() * i / 10, nll.size() * (i + 1) / 10));
-    }
-    result["whole"] = part(0, nll.size());
-    if (options.json) std::cout << result.dump() << '\n';
+    auto tenths = nlohmann::ordered_json::array();
+    const auto begin_of = [&](std::size_t tenth) { return scored.size() * tenth / 10; };
+    session->feed(scored, options.run.model.tell, [&](std::int64_t position, std::span<const float> logits) {
+        const std::int32_t next = tokens[static_cast<std::size_t>(position) + 1];
+        nll.push_back(checked(log_sum(logits) - static_cast<double>(logits[static_cast<std::size_t>(next)]), position));
+        if (nll.size() == begin_of(tenths.size() + 1)) tenths.push_back(part(begin_of(tenths.size()), nll.size()));
+    });
+    const auto whole = part(0, nll.size());
+    if (!options.json) return;
+    std::cout << nlohmann::ordered_json{{"tokens", nll.size()}, {"tenths", tenths}, {"whole", whole}}.dump() << '\n';
 }
 
 std::size_t likeliest(const std::vector<double>& log_p) {
@@ -140,6 +139,7 @@ void perplexity(const perplexity_options& options) {
                                            options.force ? keel::existing_file::replace : keel::existing_file::keep);
                           }
                           const std::vector<double> log_p = log_probabilities(logits);
+                          const auto next = static_cast<std::size_t>(chunk[static_cast<std::size_t>(position) + 1]);
                           if (save) save->add(log_p);
                           if (base) {
                               if (log_p.size() != static_cast<std::size_t>(text.vocabulary)) {
@@ -154,7 +154,7 @@ void perplexity(const perplexity_options& options) {
                               divergence.push_back(sum);
                               agreed += likeliest(log_p) == likeliest(expected) ? 1 : 0;
                           }
-                          nll.push_back(surprise(log_p, chunk, position));
+                          nll.push_back(checked(-log_p[next], position));
                       });
     }
     if (options.run.model.tell) options.run.model.tell("perplexity", 1, 1);

@@ -11,10 +11,6 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <keel/backend/batch.hpp>
 #include <keel/backend/concept.hpp>
 #include <keel/core/arena.hpp>
@@ -48,27 +44,17 @@ public:
     [[nodiscard]] index size() const { return bytes_; }
 
 private:
-    static constexpr index huge_page = index{2} << 20;
+    static constexpr std::align_val_t alignment{static_cast<std::size_t>(arena::alignment)};
     struct release {
-        std::align_val_t alignment;
         void operator()(std::byte* p) const { ::operator delete(p, alignment); }
     };
-    using memory = std::unique_ptr<std::byte, release>;
 
-    /// Large buffers ask for huge pages: they are there with a five-hundredth of the page faults, which otherwise take
-    /// longer than copying a state does.
-    static memory take(index bytes) {
-        if (bytes == 0) return {};
-        const auto size = static_cast<std::size_t>(bytes);
-        const std::align_val_t alignment{static_cast<std::size_t>(bytes >= huge_page ? huge_page : arena::alignment)};
-        memory taken(static_cast<std::byte*>(::operator new(size, alignment)), release{alignment});
-#if defined(MADV_HUGEPAGE)
-        if (bytes >= huge_page) ::madvise(taken.get(), size, MADV_HUGEPAGE);  // a wish: it may fail
-#endif
-        return taken;
+    static std::byte* take(index bytes) {
+        if (bytes == 0) return nullptr;
+        return static_cast<std::byte*>(::operator new(static_cast<std::size_t>(bytes), alignment));
     }
 
-    memory memory_;
+    std::unique_ptr<std::byte, release> memory_;
     index bytes_ = 0;
 };
 

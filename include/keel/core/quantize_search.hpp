@@ -66,19 +66,38 @@ void load(tile<N>& t, const float* from, int elements, index blocks) {
     static constexpr float zeros[N] = {};
     const int groups = elements / N;
     const float* source[lane_count];
-    lanes factor;
-    for (int first = 0; first < lane_count; first += groups) {
-        const float* block = from + first * N;
-        const float unit = first / groups < blocks ? largest_magnitude(block, elements) : 0.0f;
-        for (int l = first; l < first + groups; ++l) {
-            t.unit[l] = unit;
-            source[l] = unit >= smallest_unit ? from + l * N : zeros;
-            factor[l] = unit >= smallest_unit ? 1.0f / unit : 0.0f;
-        }
-    }
+    for (int l = 0; l < lane_count; ++l) source[l] = l / groups < blocks ? from + l * N : zeros;
     for (int quad = 0; quad < lane_count; quad += 4) {  // four lanes at a time: one store for four strided loads
         for (int i = 0; i < N; ++i) {
-            for (int l = quad; l < quad + 4; ++l) t.x[i][l] = source[l][i] * factor[l];
+            for (int l = quad; l < quad + 4; ++l) t.x[i][l] = source[l][i];
+        }
+    }
+
+    lanes_of<std::uint32_t> largest = {};  // magnitudes: floats without sign order as integers
+    for (int i = 0; i < N; ++i) {
+        for (int l = 0; l < lane_count; ++l) {
+            const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(t.x[i][l]) & 0x7FFFFFFFu;
+            largest[l] = largest[l] > magnitude ? largest[l] : magnitude;
+        }
+    }
+    for (int first = 0; groups > 1 && first < lane_count; first += groups) {
+        std::uint32_t of_block = 0;
+        for (int l = first; l < first + groups; ++l) of_block = of_block > largest[l] ? of_block : largest[l];
+        for (int l = first; l < first + groups; ++l) largest[l] = of_block;
+    }
+    lanes factor;
+    lanes_of<std::uint32_t> usable;
+    for (int l = 0; l < lane_count; ++l) {
+        constexpr auto infinity = std::bit_cast<std::uint32_t>(std::numeric_limits<float>::infinity());
+        constexpr auto least = std::bit_cast<std::uint32_t>(smallest_unit);
+        const float unit = std::bit_cast<float>(largest[l]);
+        usable[l] = largest[l] - least < infinity - least ? ~0u : 0u;
+        factor[l] = 1.0f / unit;
+        t.unit[l] = largest[l] < infinity ? unit : std::numeric_limits<float>::quiet_NaN();
+    }
+    for (int i = 0; i < N; ++i) {
+        for (int l = 0; l < lane_count; ++l) {
+            t.x[i][l] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(t.x[i][l] * factor[l]) & usable[l]);
         }
     }
 }

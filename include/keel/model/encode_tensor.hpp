@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <filesystem>
 #include <functional>
 #include <span>
@@ -70,7 +71,8 @@ public:
         const index jobs = jobs_per_matrix * matrices;
         const index most = type == dtype::f16 ? 65504 : 0;
         std::atomic<bool> sound = true;
-        std::vector<std::byte> encoded;
+        std::exception_ptr failed;
+        std::vector<std::byte> encoded, before;  // what is made now, and what is written meanwhile
         for (index done = 0; done < jobs; done += jobs_at_once) {
             report(tell_, stage_, static_cast<std::uint64_t>(done_), static_cast<std::uint64_t>(total_));
             const index count = std::min(jobs_at_once, jobs - done);
@@ -80,22 +82,37 @@ public:
             const index first = begin_of(done);
             const index last = done + count == jobs ? rows * matrices : begin_of(done + count);
             encoded.resize(static_cast<std::size_t>(row_bytes(type, (last - first) * columns)));
-            run_(count, [&](index i) {
-                const index job = done + i, row = begin_of(job), matrix = job / jobs_per_matrix;
-                const index n = std::min(per_job, rows - row % rows);
-                std::vector<float> values(static_cast<std::size_t>(n * columns));
-                read(matrix, row % rows, n, values.data());
-                if (!all_within(values, most)) sound = false;
-                encode_rows(type, values.data(), encoded.data() + row_bytes(type, (row - first) * columns), n, columns,
-                            importance_of(importance, matrix, columns));
+            run_(1 + count, [&](index i) {
+                if (i == 0) {
+                    try {
+                        to_.write(name, before);
+                    } catch (...) {
+                        failed = std::current_exception();
+                    }
+                    return;
+                }
+                const index job = done + i - 1, begin = begin_of(job), matrix = job / jobs_per_matrix;
+                const index end = begin + std::min(per_job, rows - begin % rows);
+                const index strip = std::max(index{1}, strip_elements / columns);
+                std::vector<float> values(static_cast<std::size_t>(std::min(strip, per_job) * columns));
+                for (index row = begin; row < end; row += strip) {
+                    const index n = std::min(strip, end - row);
+                    read(matrix, row % rows, n, values.data());
+                    if (!all_within(std::span(values).first(static_cast<std::size_t>(n * columns)), most))
+                        sound = false;
+                    encode_rows(type, values.data(), encoded.data() + row_bytes(type, (row - first) * columns), n,
+                                columns, importance_of(importance, matrix, columns));
+                }
             });
+            if (failed) std::rethrow_exception(failed);
             if (!sound) {
                 throw error(errc::numeric, name,
                             type == dtype::f16 ? "holds values that f16 cannot" : "holds values that are not finite");
             }
-            to_.write(name, encoded);
+            encoded.swap(before);
             done_ += (last - first) * columns;
         }
+        to_.write(name, before);
     }
 
     /// Writes the tensor whose turn it is from bytes that are encoded already.
@@ -110,6 +127,7 @@ public:
 
 private:
     static constexpr index job_elements = 1 << 18;
+    static constexpr index strip_elements = 1 << 13;  // of a job that are floats at a time: they stay in the cache
     static constexpr index jobs_at_once = 64;
     static constexpr std::size_t copy_bytes = std::size_t{64} << 20;
 

@@ -24,7 +24,7 @@ template <backend B>
 struct state_copy {
     index length = 0;
     std::shared_ptr<const typename B::buffer> recurrent;
-    std::vector<float> logits;  // behind that length, or empty
+    std::shared_ptr<const std::vector<float>> logits;  // behind that length, or null
 };
 
 /// A bounded number of copies, thinned so that they lie the denser the nearer they are to the end: to go back by n
@@ -75,8 +75,8 @@ private:
 };
 
 /// Bytes of the rows that a replay_window keeps.
-inline index replay_window_bytes(const memory_layout& layout, index reach) {
-    return layout.kda_layers * 2 * reach * layout.kept_floats() * static_cast<index>(sizeof(float));
+inline index replay_window_bytes(const memory_layout& layout, index tokens) {
+    return layout.kda_layers * 2 * (tokens + 1) * layout.kept_floats() * static_cast<index>(sizeof(float));
 }
 
 /// Goes back to any of the last tokens by replay: a state of some tokens ago, and since then what each KDA layer needs
@@ -84,10 +84,11 @@ inline index replay_window_bytes(const memory_layout& layout, index reach) {
 template <backend B>
 class replay_window {
 public:
-    /// Reaches back `reach` tokens at least, once there are as many.
-    replay_window(const B& b, const memory_layout& layout, index reach)
-        : reach_(reach), rows_(b.allocate(replay_window_bytes(layout, reach))) {}
+    /// For going back by `tokens`, and by one more: the logits of where that ends are computed from there.
+    replay_window(const B& b, const memory_layout& layout, index tokens)
+        : reach_(tokens + 1), rows_(b.allocate(replay_window_bytes(layout, tokens))) {}
 
+    /// Reaches back so many tokens at least, once there are as many.
     [[nodiscard]] index reach() const { return reach_; }
     [[nodiscard]] index capacity() const { return 2 * reach_; }
 

@@ -65,33 +65,23 @@ inline bool matches(std::string_view pattern, std::string_view name) {
     return false;
 }
 
-struct mixture_rule {
-    std::string_view pattern;
-    dtype type;
-};
-
+/// Types by kind of matrix. The routed experts are nearly all of the weights and, each for itself, the least sensitive:
+/// what every token passes through gets more bits. The embedding comes between the two, and K_h is hardly sensitive.
 struct mixture {
     std::string_view name;
     std::uint32_t file_type;  // what general.file_type calls it
-    dtype base;
-    std::span<const mixture_rule> rules;  // the first that matches decides
-};
+    dtype experts, embedding, key_rows, others;
 
-// The routed experts are nearly all of the weights and, each for itself, the least sensitive: all that every token
-// passes through gets two bits more. The embedding comes between the two, and K_h is hardly sensitive at all.
-inline constexpr mixture_rule q4_k_m_rules[] = {
-    {"*_exps.weight", dtype::q4_k},
-    {"token_embd.weight", dtype::q5_k},
-    {"*.attn_k_b.weight", dtype::q5_k},
-};
-inline constexpr mixture_rule q5_k_m_rules[] = {
-    {"*_exps.weight", dtype::q5_k},
-    {"*.attn_k_b.weight", dtype::q5_k},
+    [[nodiscard]] constexpr dtype of(std::string_view tensor) const {
+        if (tensor.ends_with("_exps.weight")) return experts;
+        if (tensor == "token_embd.weight") return embedding;
+        return tensor.ends_with(".attn_k_b.weight") ? key_rows : others;
+    }
 };
 
 inline constexpr mixture mixtures[] = {
-    {"q4_k_m", 15, dtype::q6_k, q4_k_m_rules},
-    {"q5_k_m", 17, dtype::q6_k, q5_k_m_rules},
+    {"q5_k_m", 17, dtype::q5_k, dtype::q6_k, dtype::q5_k, dtype::q6_k},
+    {"q4_k_m", 15, dtype::q4_k, dtype::q5_k, dtype::q5_k, dtype::q6_k},
 };
 
 /// general.file_type of plain types.
@@ -123,17 +113,18 @@ public:
         for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
         const auto* const mix = std::ranges::find(detail::mixtures, lower, &detail::mixture::name);
         if (mix != std::end(detail::mixtures)) {
-            base_ = mix->base;
-            rules_ = mix->rules;
-            file_type_ = mix->file_type;
+            types_ = *mix;
         } else if (const auto plain = find_type(name)) {
-            base_ = *plain;
-            file_type_ = detail::file_type_of(*plain);
+            types_ = {info(*plain).name, detail::file_type_of(*plain), *plain, *plain, *plain, *plain};
         } else {
-            std::string known = "q4_k_m, q5_k_m";
-            for (const dtype_info& row : dtype_table) {
-                if (row.supported) known.append(", ").append(row.name);
+            std::string known;
+            for (const auto& row : detail::mixtures) {
+                if (!find_type(row.name)) known.append(row.name).append(", ");
             }
+            for (const dtype_info& row : dtype_table) {
+                if (row.supported) known.append(row.name).append(", ");
+            }
+            known.resize(known.size() - 2);
             throw error(errc::argument, name, "is not a type; there are " + known);
         }
     }
@@ -145,10 +136,7 @@ public:
             used_[i] = true;
             return fitting(overrides_[i].type, dims[0]);
         }
-        for (const auto& rule : rules_) {
-            if (detail::matches(rule.pattern, name)) return fitting(rule.type, dims[0]);
-        }
-        return fitting(base_, dims[0]);
+        return fitting(types_.of(name), dims[0]);
     }
 
     /// Throws errc::argument for an override that no tensor has needed: it is probably misspelt.
@@ -158,12 +146,10 @@ public:
         }
     }
 
-    [[nodiscard]] std::uint32_t file_type() const { return file_type_; }
+    [[nodiscard]] std::uint32_t file_type() const { return types_.file_type; }
 
 private:
-    dtype base_ = dtype::f32;
-    std::span<const detail::mixture_rule> rules_;
-    std::uint32_t file_type_ = 0;
+    detail::mixture types_ = {};
     std::vector<tensor_type_override> overrides_;
     std::vector<bool> used_;
 };
