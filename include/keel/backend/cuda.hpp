@@ -41,10 +41,7 @@ class cuda : public cuda_device_memory, cuda_arguments {
 public:
     /// Throws errc::capacity if the device has no room for the workspace.
     cuda(std::shared_ptr<device> shared, index workspace_bytes)
-        : cuda_device_memory(std::move(shared), workspace_bytes),
-          counters_(on(), most_counters * static_cast<index>(sizeof(unsigned))),
-          table_(on()),
-          recordings_(on()) {}
+        : cuda_device_memory(std::move(shared), workspace_bytes), table_(on()), recordings_(on()) {}
 
     /// Activations between the two kernels of a feed-forward network, results of kda_mix and of the router, partial
     /// results of split attention.
@@ -261,7 +258,6 @@ public:
                                               codes ? coded.data : nullptr,
                                               out.stride[0],
                                               squares.data,
-                                              counters(std::ssize(a.segments) * a.layout.heads),
                                               table_.segments(a.segments),
                                               number(std::ssize(a.segments)),
                                               number(a.layer),
@@ -355,48 +351,52 @@ public:
         const arena::scope scope(workspace());
         const index n = a.x.extent[0], experts = a.router.on_device.rows;
         const auto logits = workspace().take<float>(n, experts);
-        const auto chosen = workspace().take<std::int32_t>(n, a.chosen);
-        const auto weights = workspace().take<float>(n, a.chosen);
-        const cuda_launch::route_args route{
-            logits.data,       logits.stride[0], a.bias.data,     chosen.data,      weights.data, chosen.stride[0],
-            weights.stride[0], number(n),        number(experts), number(a.chosen), a.scale};
-        const bool many_rows = many(a.x);
-        const bool one_kernel =
-            a.router.on_device.type == cuda_launch::layout::f32 && (n < 16 || on()->precision() == precision::exact);
-        const bool codes = one_kernel && !many_rows && quantise(a.x.extent[1]) == 1 && is_integer(a.gate) &&
-                           is_integer(a.up) &&
-                           (a.shared_gate == nullptr || (is_integer(*a.shared_gate) && is_integer(*a.shared_up)));
-        const index code_bytes = cuda_launch::code_row_bytes(number((a.x.extent[1] + 31) / 32));
-        const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
-        const auto h = workspace().take<float>(many_rows ? n : 0, a.x.extent[1]);
-        if (many_rows) rms_norm({a.x, a.norm, a.epsilon, h});
-        if (one_kernel) {
-            call("route", cuda_launch::choose({a.x.data, a.x.stride[0], a.norm.data, a.epsilon, a.router.on_device,
-                                               logits.data, codes ? coded.data : nullptr, counters(n), route},
-                                              stream()));
-        } else if (many_rows && n >= 128 && a.router.on_device.type == cuda_launch::layout::f32) {
-            prefill().multiply(h, {{a.router, logits}});
-            call("route", cuda_launch::route(route, stream()));
-        } else {
-            cuda_launch::matvec_args product = input(many_rows ? view<const float, 2>(h) : a.x);
-            if (!many_rows) {
-                product.before = cuda_launch::prologue::rms_norm;
-                product.norm = a.norm.data;
-                product.epsilon = a.epsilon;
+        cuda_launch::route_args route{};
+        route.logits = logits.data;
+        route.logits_row = logits.stride[0];
+        route.bias = a.bias.data;
+        route.rows = number(n);
+        route.experts = number(experts);
+        route.k = number(a.chosen);
+        route.scale = a.scale;
+        if (many(a.x)) {
+            const auto chosen = workspace().take<std::int32_t>(n, a.chosen);
+            const auto weights = workspace().take<float>(n, a.chosen);
+            const auto h = workspace().take<float>(n, a.x.extent[1]);
+            rms_norm({a.x, a.norm, a.epsilon, h});
+            if (n >= 128 && a.router.on_device.type == cuda_launch::layout::f32) {
+                prefill().multiply(h, {{a.router, logits}});
+            } else {
+                cuda_launch::matvec_args product = input(view<const float, 2>(h));
+                product.quantise = 0;  // a choice hangs on it
+                multiply(product, {{a.router, logits}});
             }
-            product.quantise = 0;  // a choice hangs on it
-            multiply(product, {{a.router, logits}});
+            route.chosen = chosen.data;
+            route.weights = weights.data;
+            route.chosen_row = chosen.stride[0];
+            route.weights_row = weights.stride[0];
             call("route", cuda_launch::route(route, stream()));
-        }
-        if (many_rows) {
             prefill().feed_forward(chosen_networks({h, a.gate, a.up, a.down, a.x, true}, chosen, weights));
             if (a.shared_gate != nullptr) swiglu({h, *a.shared_gate, *a.shared_up, *a.shared_down, a.x, true});
             return;
         }
-        cuda_launch::experts_args to{chosen_networks({a.x, a.gate, a.up, a.down, a.x, true}, chosen, weights)};
+        const bool codes = quantise(a.x.extent[1]) == 1 && is_integer(a.gate) && is_integer(a.up) &&
+                           (a.shared_gate == nullptr || (is_integer(*a.shared_gate) && is_integer(*a.shared_up)));
+        const index code_bytes = cuda_launch::code_row_bytes(number((a.x.extent[1] + 31) / 32));
+        const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
+        cuda_launch::matvec_args product = input(a.x);
+        product.before = cuda_launch::prologue::rms_norm;
+        product.norm = a.norm.data;
+        product.epsilon = a.epsilon;
+        product.quantise = 0;  // a choice hangs on it
+        product.put_codes = codes ? coded.data : nullptr;
+        multiply(product, {{a.router, logits}});
+        cuda_launch::experts_args to{network({a.x, a.gate, a.up, a.down, a.x, true})};
         to.norm = a.norm.data;
         to.epsilon = a.epsilon;
         to.codes = codes ? coded.data : nullptr;
+        to.route = route;
+        to.k = number(a.chosen);
         if (a.shared_gate != nullptr) {
             to.shared_gate = a.shared_gate->on_device;
             to.shared_up = a.shared_up->on_device;
@@ -430,13 +430,6 @@ private:
         return on()->precision() == precision::fast && cuda_prefill::serves(x);
     }
     [[nodiscard]] cuda_prefill prefill() { return {workspace(), stream()}; }
-
-    /// Zeros on the device that kernels count with and leave as zeros.
-    unsigned* counters(index n) {
-        if (n > most_counters) throw error(errc::capacity, "batch", "too many sequences for one pass");
-        return reinterpret_cast<unsigned*>(counters_.data());
-    }
-    static constexpr index most_counters = 1 << 16;
 
     /// Where operations go, for the calling thread as well: kernels start on its current device.
     [[nodiscard]] cudaStream_t stream() const {
@@ -488,7 +481,6 @@ private:
         call("experts", cuda_launch::experts(a, stream()));
     }
 
-    buffer counters_;
     cuda_batch_table table_;
     cuda_recordings recordings_;
 };

@@ -20,10 +20,16 @@ struct halves_attention {
         return 2 * pitch() * (heads + stages * tile) + 4 * heads * (tile + 4) + 2 * heads * (tile + 8) + 4 * heads;
     }
 
+    /// Whether all heads of all rows can be read 16 bytes at a time.
+    static bool readable(const float* first, long long row, long long head) {
+        return reinterpret_cast<unsigned long long>(first) % 16 == 0 && row % 4 == 0 && head % 4 == 0;
+    }
+
     /// Whether the kernel serves these shapes.
     static bool serves(const launch::latent_attend_args& a) {
         return a.halves && a.layout.half && a.rank % columns_of_warp == 0 && a.rank <= 8 * columns_of_warp &&
-               a.layout.latent_width % 16 == 0;
+               a.layout.latent_width % 16 == 0 && readable(a.q_latent, a.latent_row, a.latent_head) &&
+               readable(a.q_position, a.position_row, a.position_head);
     }
 };
 
@@ -41,36 +47,41 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
     __half* const weights = reinterpret_cast<__half*>(scores + heads * score_pitch);      // (heads, weight_pitch)
     float* const shrinks = reinterpret_cast<float*>(weights + heads * weight_pitch);      // (heads)
 
-    wait_for_previous();
     const int r = a.first_row + blockIdx.y, first_head = blockIdx.z * heads;
     const launch::segment& s = segment_of(a.segments, a.segment_count, r);
     const split_range range(s.position + r - s.first_row + 1, a.splits, blockIdx.x, tile);
+    wait_for_previous();
     if (range.count == 0) return;
 
-    // A tile starts at a multiple of its size and so lies in one block of the cache.
+    // A warp copies a row at a time. A tile starts at a multiple of its size and so lies in one block of the cache.
+    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    constexpr int warps = threads / warp_size;
     const auto fetch = [&](int from, int stage) {
         const unsigned char* rows = latent_row(a.layout, s, a.layer, range.first + from);
         __half* to = cache + stage * tile * pitch;
-        const int chunks = width / 8;
-        for (int i = threadIdx.x; i < tile * chunks; i += threads) {
-            const int t = i / chunks, c = i % chunks * 8;
+#pragma unroll 4
+        for (int t = warp; t < tile; t += warps) {
             const bool inside = from + t < range.count;
-            copy_async(to + t * pitch + c, rows + 2 * (inside ? t * width + c : 0), inside ? 16 : 0);
+            for (int c = 8 * lane; c < width; c += 8 * warp_size) {
+                copy_async(to + t * pitch + c, rows + 2 * (inside ? t * width + c : 0), inside ? 16 : 0);
+            }
         }
         commit_copies();
     };
     fetch(0, 0);
-    for (int i = threadIdx.x; i < heads * width; i += threads) {
-        const int h = i / width, c = i % width;
-        float value = 0;
-        if (first_head + h < a.heads) {
-            value = c < a.rank ? a.q_latent[r * a.latent_row + (first_head + h) * a.latent_head + c]
-                               : a.q_position[r * a.position_row + (first_head + h) * a.position_head + c - a.rank];
+#pragma unroll 4
+    for (int h = warp; h < heads; h += warps) {
+        const int at = min(first_head + h, a.heads - 1);
+        const float* latent = a.q_latent + r * a.latent_row + at * a.latent_head;
+        const float* position = a.q_position + r * a.position_row + at * a.position_head;
+        for (int c = 4 * lane; c < width; c += 4 * warp_size) {
+            const float4 v = *reinterpret_cast<const float4*>(c < a.rank ? latent + c : position + c - a.rank);
+            const __half2 halves[2] = {__floats2half2_rn(v.x * a.scale, v.y * a.scale),
+                                       __floats2half2_rn(v.z * a.scale, v.w * a.scale)};
+            *reinterpret_cast<uint2*>(q + h * pitch + c) = *reinterpret_cast<const uint2*>(halves);
         }
-        q[h * pitch + c] = __float2half_rn(value * a.scale);
     }
 
-    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     const int matrix = lane / 8, line = lane % 8;
     const int head = threadIdx.x / 8, part = threadIdx.x % 8;  // in the softmax
     float largest = -INFINITY, total = 0;

@@ -30,12 +30,17 @@ __device__ inline const launch::segment& segment_of(const launch::segment* segme
 }
 
 __global__ void latent_append_kernel(const __grid_constant__ launch::latent_append_args a) {
-    wait_for_previous();
     const int r = a.segments[0].first_row + blockIdx.x;
     const launch::segment& s = segment_of(a.segments, a.segment_count, r);
+    unsigned char* to = latent_row(a.layout, s, a.layer, s.position + r - s.first_row);
+    if (threadIdx.x == 0 && a.rank % 4 == 0 && aligned16(a.weight, a.weight)) {
+        prefetch(reinterpret_cast<const unsigned char*>(a.weight), a.rank * 4);
+    }
+    start_next();
+    wait_for_previous();
     float* row = a.rows + r * a.row_stride;
     const float scale = inverse_rms_of(row, a.rank, a.epsilon);
-    unsigned char* to = latent_row(a.layout, s, a.layer, s.position + r - s.first_row);
+#pragma unroll 4
     for (int i = threadIdx.x; i < a.layout.latent_width; i += blockDim.x) {
         const float x = i < a.rank ? row[i] * scale * a.weight[i] : row[i];
         row[i] = x;
@@ -154,7 +159,7 @@ __global__ void __launch_bounds__(join_threads)
     latent_join_kernel(const __grid_constant__ launch::latent_attend_args a, const int tile) {
     __shared__ float weight[attend_most_splits], of_warp[join_threads / warp_size];
     __shared__ __align__(16) float4 sums[join_threads];
-    wait_for_previous();
+    start_next();
     const int h = blockIdx.x, r = a.first_row + blockIdx.y;
     const launch::segment& s = segment_of(a.segments, a.segment_count, r);
     const long long tiles = (s.position + r - s.first_row + tile) / tile, each = (tiles + a.splits - 1) / a.splits;
@@ -162,6 +167,7 @@ __global__ void __launch_bounds__(join_threads)
     const float* partial = a.partial + attend_partial(a, blockIdx.y, 0) + h * attend_pitch(a.rank);
     const long long distance = static_cast<long long>(a.heads) * attend_pitch(a.rank);
 
+    wait_for_previous();
     const bool mine = threadIdx.x < splits;
     const float top = mine ? partial[threadIdx.x * distance + a.rank] : -INFINITY;
     const float some = mine ? partial[threadIdx.x * distance + a.rank + 1] : 0.0f;

@@ -14,36 +14,55 @@ namespace launch = cuda_launch;
 
 inline constexpr int warp_size = 32;
 
-// Programmatic dependent launch: a kernel may start while the one before it still runs, and does so up to here. What
-// it reads before wait() must be constant (weights); the next kernel may start once all blocks of this one are past
-// wait(), so that never more than two overlap.
-__device__ inline void wait_for_previous() {
+// Programmatic dependent launch: a kernel may start while the one before it still runs, as soon as all blocks of that
+// one have called start_next(). Before wait_for_previous() it may read what is constant (weights), and ask for anything
+// to be brought to L2.
+
+/// Lets the next kernel start when all blocks of this one run: to load its weights while this one waits and works.
+__device__ inline void start_next() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-/// Starts a kernel behind the previous one on the stream, overlapping its beginning with that one's end.
+/// Until the previous kernel, and so all before it, are done. Then the next may start: one behind a kernel that did not
+/// call start_next() earlier may read, before it waits, all that was there when this one began.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    start_next();
+}
+
+/// Starts a kernel behind the previous one on the stream, overlapping its beginning with that one's end. `cluster`
+/// neighbouring blocks share their shared memory, where there are clusters; 0: none do.
 template <class Kernel, class... Arguments>
-cudaError_t start(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                  const Arguments&... arguments) {
+cudaError_t start_clusters(Kernel kernel, dim3 grid, int cluster, int threads, int shared_bytes, cudaStream_t stream,
+                           const Arguments&... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-    if (shared_bytes > 48 * 1024) {
+    if (shared_bytes > 32 * 1024) {  // with what a kernel has of its own, 48 KiB need no permission
         const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
         if (e != cudaSuccess) return e;
     }
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
     config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 0 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class Kernel, class... Arguments>
+cudaError_t start(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                  const Arguments&... arguments) {
+    return start_clusters(kernel, grid, 0, threads, shared_bytes, stream, arguments...);
 }
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -89,7 +108,7 @@ __device__ inline float block_max(float x) {
 
 __device__ inline float sigmoid(float x) {
     const float e = expf(-fabsf(x));
-    return x >= 0 ? 1.0f / (1.0f + e) : e / (1.0f + e);
+    return (x >= 0 ? 1.0f : e) / (1.0f + e);
 }
 
 __device__ inline float silu(float x) { return x * sigmoid(x); }
@@ -111,12 +130,12 @@ __device__ inline bool aligned16(const void* a, const void* b) {
 }
 
 /// Where weights are read from.
-enum class memory { global, shared };
+enum class space { global, shared };
 
 /// 16 bytes of weights, which are read once: they need not stay in L1.
-template <memory From = memory::global>
+template <space From = space::global>
 __device__ inline uint4 load_weights16(const unsigned char* p) {
-    if constexpr (From == memory::shared) return *reinterpret_cast<const uint4*>(p);
+    if constexpr (From == space::shared) return *reinterpret_cast<const uint4*>(p);
     uint4 v;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -124,20 +143,50 @@ __device__ inline uint4 load_weights16(const unsigned char* p) {
     return v;
 }
 
-template <class T, memory From = memory::global>
+template <class T, space From = space::global>
 __device__ inline T load(const unsigned char* p) {
-    if constexpr (From == memory::shared) return *reinterpret_cast<const T*>(p);
+    if constexpr (From == space::shared) return *reinterpret_cast<const T*>(p);
     return __ldg(reinterpret_cast<const T*>(p));
 }
 
 __device__ inline float half_bits(unsigned short bits) { return __half2float(__ushort_as_half(bits)); }
 
-/// Copies 16 bytes to shared memory; copies_done() waits for all that this thread began.
+/// Copies 16 bytes to shared memory. What a thread began since the last call of end_copies() is a group;
+/// copies_done<n>() waits for all but the last n of its groups.
 __device__ inline void begin_copy16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
                  "l"(from));
 }
-__device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int but = 0>
+__device__ inline void copies_done() {
+    if constexpr (but == 0) {
+        asm volatile("cp.async.wait_all;" ::: "memory");  // also what is in no group yet
+    } else {
+        asm volatile("cp.async.wait_group %0;" ::"n"(but) : "memory");
+    }
+}
+
+/// A warp begins to copy `bytes`, a multiple of 16.
+__device__ inline void begin_copy(unsigned char* to, const unsigned char* from, int bytes) {
+#pragma unroll 4
+    for (int i = 16 * (threadIdx.x % warp_size); i < bytes; i += 16 * warp_size) begin_copy16(to + i, from + i);
+}
+
+/// Bytes of shared memory that a block may ask for, of `wanted`; a little is left for static arrays.
+inline int shared_bytes_up_to(int wanted) {
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return most - 2048 < wanted ? most - 2048 : wanted;
+}
+
+inline int multiprocessors() {
+    int device = 0, count = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
 
 /// Four neighbouring floats from element `i` on; those at `n` and beyond are 0.
 __device__ inline float4 load_four(const float* p, int i, int n) {

@@ -9,10 +9,13 @@
 namespace keel::cuda_kernels {
 
 __global__ void rms_norm_kernel(const __grid_constant__ launch::rms_norm_args a) {
+    const bool whole = a.columns % 4 == 0 && aligned16(a.weight, a.weight);
+    if (whole && threadIdx.x == 0) prefetch(reinterpret_cast<const unsigned char*>(a.weight), a.columns * 4);
     wait_for_previous();
     const float* x = a.x + blockIdx.x * a.x_row;
     float* out = a.out + blockIdx.x * a.out_row;
     const float scale = inverse_rms_of(x, a.columns, a.epsilon);
+#pragma unroll 4
     for (int i = threadIdx.x; i < a.columns; i += blockDim.x) out[i] = x[i] * scale * a.weight[i];
 }
 

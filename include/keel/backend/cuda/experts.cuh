@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// The router's choice, and gated feed-forward networks for few rows: only the chosen experts' weights are read.
+// The router's choice, and gated feed-forward networks for few rows: only the chosen experts' weights are read. Behind
+// the router both kernels make the choice by themselves, in every block: that takes less time than a kernel in between.
 #pragma once
 
 #include <keel/backend/cuda/device.cuh>
@@ -15,142 +16,73 @@ __device__ inline unsigned ordered(float x) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-/// A warp chooses the k best experts of row `r`, the smaller index on a tie; lane l holds experts l + 32 i, `Each` of
-/// them. The largest key wins a round, then is 0.
-template <int Each>
-__device__ inline void choose_best(const launch::route_args& a, int r) {
-    const int lane = threadIdx.x % warp_size;
-    const float* logits = a.logits + r * a.logits_row;
-    unsigned key[Each];
-    float share[Each];
-#pragma unroll
-    for (int i = 0; i < Each; ++i) {
-        const int e = lane + warp_size * i;
-        share[i] = e < a.experts ? sigmoid(__ldcg(logits + e)) : 0.0f;
-        key[i] = e < a.experts ? max(1u, ordered(share[i] + a.bias[e])) : 0;
-    }
-    float total = 0;
-    float mine = 0;
-    for (int slot = 0; slot < a.k; ++slot) {
-        unsigned largest = 0;
-        int at = 0;
-        float offer = 0;
-#pragma unroll
-        for (int i = 0; i < Each; ++i) {
-            if (key[i] > largest) largest = key[i], at = i, offer = share[i];
+inline constexpr int most_experts = 1024, most_chosen = 32;
+
+/// The networks that a row goes through, in shared memory: those chosen, then the shared one.
+struct expert_slots {
+    unsigned key[most_experts];  // orders the experts
+    int which[most_chosen + 1];
+    float weight[most_chosen + 1];
+
+    /// Chooses the k best experts of row `r`, the smaller index on a tie. All threads of a block; ends with a barrier.
+    __device__ void choose(const launch::route_args& a, int r) {
+        const float* logits = a.logits + r * a.logits_row;
+        const int end = ceil_div(a.experts, warp_size) * warp_size;
+        for (int e = threadIdx.x; e < end; e += blockDim.x) {
+            key[e] = e < a.experts ? max(1u, ordered(sigmoid(__ldcg(logits + e)) + a.bias[e])) : 0;
         }
-        const unsigned winner = __reduce_max_sync(0xFFFFFFFFu, largest);
-        const unsigned e =
-            __reduce_min_sync(0xFFFFFFFFu, largest == winner ? static_cast<unsigned>(lane + warp_size * at) : ~0u);
-#pragma unroll
-        for (int i = 0; i < Each; ++i) {
-            if (e == static_cast<unsigned>(lane + warp_size * i)) key[i] = 0;
-        }
-        offer = __shfl_sync(0xFFFFFFFFu, offer, static_cast<int>(e % warp_size));
-        total += offer;
-        if (slot == lane) mine = offer;
-        if (lane == 0) a.chosen[r * a.chosen_row + slot] = static_cast<int>(e);
-    }
-    if (lane < a.k) a.weights[r * a.weights_row + lane] = mine * (a.scale / fmaxf(total, 0x1p-14f));
-}
-
-template <int Each>
-__global__ void __launch_bounds__(warp_size) route_kernel(const __grid_constant__ launch::route_args a) {
-    wait_for_previous();
-    choose_best<Each>(a, blockIdx.x);
-}
-
-inline constexpr int choose_warps = 2;
-
-/// A warp makes an expert's logit: the norm's factor is the same for all, so it comes last. The block that finishes a
-/// row's last logit chooses. Grid: (blocks, rows).
-template <int Each>
-__global__ void __launch_bounds__(choose_warps* warp_size)
-    choose_kernel(const __grid_constant__ launch::choose_args a) {
-    __shared__ bool last;
-    __shared__ float of_warp[choose_warps];
-    const int r = blockIdx.y, lane = threadIdx.x % warp_size;
-    const int blocks = a.codes == nullptr ? gridDim.x : gridDim.x - 1;
-    if (blockIdx.x == blocks) {  // one more block than logits need makes the codes
-        const int units = units_of(a.router.columns);
-        const staged to(a.codes + static_cast<long long>(r) * staged::code_bytes(units), units, false);
-        wait_for_previous();
-        stage_weighted(to, units, false, true, a.x + r * a.x_row, a.norm, a.router.columns, of_warp);
         __syncthreads();
-        const float factor = inverse_rms(of_warp, a.router.columns, a.epsilon);
-        for (int u = threadIdx.x; u < units; u += blockDim.x) {
-            to.marks[u].x = __float_as_int(__int_as_float(to.marks[u].x) * factor);
-        }
-        return;
-    }
-    const int e =
-        min(static_cast<int>(blockIdx.x) * choose_warps + static_cast<int>(threadIdx.x) / warp_size, a.router.rows - 1);
-    const unsigned char* weight = a.router.data + static_cast<long long>(e) * a.router.row_bytes;
-    const int columns = a.router.columns;
-    constexpr int ahead = 9, step = 4 * warp_size;
-    if (lane == 0) prefetch(weight, a.router.row_bytes);
-    wait_for_previous();
-    const float* x = a.x + r * a.x_row;
-    float squares = 0, sum = 0;
-    const auto with = [&](auto&& load) {
-        for (int c = 4 * lane; c < columns; c += ahead * step) {
-            uint4 w[ahead];
-            float4 v[ahead], n[ahead];
-#pragma unroll
-            for (int i = 0; i < ahead; ++i) {
-                const int at = c + i * step;
-                const bool inside = at < columns;
-                w[i] = inside ? load_weights16(weight + 4 * at) : uint4{};
-                v[i] = inside ? load(x, at) : float4{};
-                n[i] = inside ? load(a.norm, at) : float4{};
+        if (threadIdx.x < warp_size) {
+            const int lane = threadIdx.x;
+            float share = 0, total = 0;
+#pragma unroll 1
+            for (int slot = 0; slot < a.k; ++slot) {
+                unsigned largest = 0;
+                int at = 0;
+#pragma unroll 8
+                for (int e = lane; e < end; e += warp_size) {
+                    if (key[e] > largest) largest = key[e], at = e;
+                }
+                const unsigned best = __reduce_max_sync(0xFFFFFFFFu, largest);
+                const int e =
+                    static_cast<int>(__reduce_min_sync(0xFFFFFFFFu, largest == best ? static_cast<unsigned>(at) : ~0u));
+                if (e % warp_size == lane) key[e] = 0;  // read by this lane alone
+                if (slot == lane) which[lane] = e, share = __ldcg(logits + e);
             }
-#pragma unroll
-            for (int i = 0; i < ahead; ++i) {
-                squares += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
-                sum += v[i].x * n[i].x * __uint_as_float(w[i].x) + v[i].y * n[i].y * __uint_as_float(w[i].y) +
-                       v[i].z * n[i].z * __uint_as_float(w[i].z) + v[i].w * n[i].w * __uint_as_float(w[i].w);
-            }
+            share = lane < a.k ? sigmoid(share) : 0.0f;
+            for (int slot = 0; slot < a.k; ++slot) total += __shfl_sync(0xFFFFFFFFu, share, slot);
+            if (lane < a.k) weight[lane] = share * (a.scale / fmaxf(total, 0x1p-14f));
         }
-    };
-    if (aligned16(x, a.norm) && columns % 4 == 0) {
-        with([&](const float* p, int i) { return *reinterpret_cast<const float4*>(p + i); });
-    } else {
-        with([&](const float* p, int i) { return load_four(p, i, columns); });
+        __syncthreads();
     }
-    squares = lanes_sum(squares);
-    sum = lanes_sum(sum);
-    if (lane == 0) {
-        a.logits[r * a.route.logits_row + e] = sum / sqrtf(squares / static_cast<float>(columns) + a.epsilon);
-        __threadfence();
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last = atomicAdd(a.arrived + r, 1u) == blocks - 1;
-        if (last) a.arrived[r] = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    if (last && threadIdx.x < warp_size) choose_best<Each>(a.route, r);
-}
 
-inline constexpr int expert_threads = 256;
-
-/// One of the networks that a row goes through: the k chosen, then the shared one.
-struct expert_slot {
-    const launch::matrix *gate, *up, *down;
-    int which;
-    float weight;
-
-    __device__ expert_slot(const launch::experts_args& a, int row, int slot) {
-        const bool shared = slot == a.k;
-        gate = shared ? &a.shared_gate : &a.gate;
-        up = shared ? &a.shared_up : &a.up;
-        down = shared ? &a.shared_down : &a.down;
-        which = !shared && a.chosen ? a.chosen[row * a.chosen_row + slot] : 0;
-        weight = !shared && a.chosen ? a.weights[row * a.weights_row + slot] : 1.0f;
+    /// The choice that is made of logits, or was made before. Ends with a barrier.
+    __device__ void fill(const launch::experts_args& a, int row) {
+        if (threadIdx.x == 0) which[a.k] = 0, weight[a.k] = 1;
+        if (a.route.logits != nullptr) return choose(a.route, row);
+        if (threadIdx.x < a.k) {
+            which[threadIdx.x] = a.chosen ? a.chosen[row * a.chosen_row + threadIdx.x] : 0;
+            weight[threadIdx.x] = a.chosen ? a.weights[row * a.weights_row + threadIdx.x] : 1.0f;
+        }
+        __syncthreads();
     }
 };
 
+inline constexpr int route_threads = 128;
+
+__global__ void __launch_bounds__(route_threads) route_kernel(const __grid_constant__ launch::route_args a) {
+    __shared__ expert_slots slots;
+    wait_for_previous();
+    const int r = blockIdx.x;
+    slots.choose(a, r);
+    if (threadIdx.x < a.k) {
+        a.chosen[r * a.chosen_row + threadIdx.x] = slots.which[threadIdx.x];
+        a.weights[r * a.weights_row + threadIdx.x] = slots.weight[threadIdx.x];
+    }
+}
+
+inline constexpr int up_threads = 128, up_warps = up_threads / warp_size;
+inline constexpr int down_threads = 288, down_warps = down_threads / warp_size;
 /// What lies between the two kernels: per row and slot, the down product's input as `staged` wants it, as codes if its
 /// weights are codes. Units of the widest network apart.
 __device__ inline unsigned char* hidden_of(const launch::experts_args& a, int slots, int units, int row, int slot) {
@@ -158,171 +90,185 @@ __device__ inline unsigned char* hidden_of(const launch::experts_args& a, int sl
            (static_cast<long long>(row) * slots + slot) * staged::value_bytes(units);
 }
 
-__device__ inline const unsigned char* record(const launch::matrix& m, int which, int row) {
-    return m.data + (static_cast<long long>(which) * m.rows + row) * m.row_bytes;
-}
-
-/// silu(W_gate x) * W_up x. A block makes a unit of 32 elements of one slot. Grid: (units, slots, rows).
-template <bool Codes>
-__global__ void __launch_bounds__(expert_threads, 4)
+/// silu(W_gate x) * W_up x. A block makes a unit of 32 elements of one slot. The shared network's blocks come first, as
+/// its weights need no choice. Grid: (units, slots, rows).
+template <bool Codes, space From>
+__global__ void __launch_bounds__(up_threads, 5)
     expert_up_kernel(const __grid_constant__ launch::experts_args a, const int widest_units, const bool floats,
-                     const bool codes) {
+                     const bool codes, const int slot_bytes) {
     extern __shared__ __align__(16) unsigned char memory[];
-    __shared__ float made[32];
-    const int row = blockIdx.z, unit = blockIdx.x;
-    const int units = units_of(a.gate.columns);
-    __shared__ float squares[expert_threads / warp_size];
-    wait_for_previous();
-    const expert_slot slot(a, row, blockIdx.y);
-    if (unit >= units_of(slot.gate->rows)) return;
-    constexpr int lanes = 8;
-    const int lane = threadIdx.x % lanes, local = threadIdx.x / lanes;
-    const int r = min(32 * unit + local, slot.gate->rows - 1);
-    if (threadIdx.x % warp_size == 0) {
-        const int rows = min(warp_size / lanes, slot.gate->rows - r);
-        prefetch(record(*slot.gate, slot.which, r), rows * slot.gate->row_bytes);
-        prefetch(record(*slot.up, slot.which, r), rows * slot.up->row_bytes);
-    }
+    __shared__ expert_slots slots;
+    __shared__ float made[2][32], squares[up_warps];
+    using tile_of = row_tile<8>;
+    const int row = blockIdx.z, unit = blockIdx.x, warp = threadIdx.x / warp_size;
+    const bool shared = a.shared_gate.data != nullptr && blockIdx.y == 0;
+    const int slot = shared ? a.k : blockIdx.y - (a.shared_gate.data != nullptr ? 1 : 0);
+    const launch::matrix &gate = shared ? a.shared_gate : a.gate, &up = shared ? a.shared_up : a.up,
+                         &down = shared ? a.shared_down : a.down;
+    if (unit >= units_of(gate.rows)) return;
+
+    // A warp's tiles, by turns of W_gate and W_up, go through two slots of shared memory.
+    constexpr int tiles = 2 * 32 / (up_warps * tile_of::rows);
+    const int columns = gate.columns, units = units_of(columns);
     const staged x(memory, units, floats);
-    const int columns = a.gate.columns;
-    if (a.codes != nullptr) {
-        const uint4* from =
-            reinterpret_cast<const uint4*>(a.codes + static_cast<long long>(row) * staged::code_bytes(units));
-        for (int i = threadIdx.x; i < staged::code_bytes(units) / 16; i += blockDim.x) {
-            reinterpret_cast<uint4*>(x.first)[i] = from[i];
+    const int x_bytes = (floats ? staged::value_bytes(units) : 0) + (codes ? staged::code_bytes(units) : 0);
+    unsigned char* const weights = memory + x_bytes + 2 * warp * slot_bytes;
+    const auto row_of = [&](int i) { return (i / 2 * up_warps + warp) * tile_of::rows; };
+    const auto rows_of = [&](int which, int i) {
+        const launch::matrix& m = i % 2 == 0 ? gate : up;
+        const int first = 32 * unit + row_of(i);
+        return tile_of(m, static_cast<long long>(which) * m.rows + first, m.rows - first);
+    };
+    const auto fetch = [&](int which, int i) {
+        if constexpr (From == space::shared) {
+            if (i < tiles) rows_of(which, i).fetch(weights + i % 2 * slot_bytes);
+            end_copies();
         }
+    };
+    if (shared) fetch(0, 0), fetch(0, 1);
+        // The choice is rehearsed with whatever logits are there: the first time, its instructions have to come from
+        // memory.
+#pragma unroll 1
+    for (int rehearsals = a.route.logits != nullptr ? 1 : 0; rehearsals >= 0; --rehearsals) {
+        if (rehearsals == 0) {
+            wait_for_previous();
+            if (a.codes != nullptr) {
+                const unsigned char* from = a.codes + static_cast<long long>(row) * x_bytes;
+                for (int i = 16 * threadIdx.x; i < x_bytes; i += 16 * up_threads) begin_copy16(memory + i, from + i);
+                end_copies();
+            }
+        }
+        if (!shared) slots.fill(a, row);
+    }
+    if (a.codes == nullptr) stage_weighted(x, units, floats, codes, a.x + row * a.x_row, a.norm, columns, squares);
+    const int which = shared ? 0 : slots.which[slot];
+    if (!shared) fetch(which, 0), fetch(which, 1);
+    if (shared || a.codes == nullptr || From == space::global) {
+        copies_done();
     } else {
-        stage_weighted(x, units, floats, codes, a.x + row * a.x_row, a.norm, columns, squares);
+        copies_done<2>();  // the codes, not yet the weights
     }
     __syncthreads();
     const float factor = a.codes == nullptr && a.norm != nullptr ? inverse_rms(squares, columns, a.epsilon) : 1.0f;
 
-    float gate[1] = {}, up[1] = {};
-    visit_format(slot.gate->type, [&]<class Format>() {
-        row_product<Format, Codes, lanes>(record(*slot.gate, slot.which, r), units, lane, x, 0, gate);
-    });
-    visit_format(slot.up->type, [&]<class Format>() {
-        row_product<Format, Codes, lanes>(record(*slot.up, slot.which, r), units, lane, x, 0, up);
-    });
-    if (threadIdx.x % warp_size == 0) {  // this block's share of the next kernel's weights
-        constexpr int warps = expert_threads / warp_size;
-        const int shares = units_of(slot.gate->rows) * warps;
-        const int each = ceil_div(slot.down->rows, shares), from = (unit * warps + threadIdx.x / warp_size) * each;
-        const int n = min(each, slot.down->rows - from);
-        if (n > 0) prefetch(record(*slot.down, slot.which, from), n * slot.down->row_bytes);
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+        copies_done<1>();
+        __syncwarp();
+        const tile_of rows = rows_of(which, i);
+        float sum[1][1] = {};
+        if (rows.count > 0) {
+            visit_format(rows.type, [&]<class Format>() {
+                rows.template multiply<Format, Codes, From>(weights + i % 2 * slot_bytes, units, x, 0, sum);
+            });
+        }
+        __syncwarp();
+        fetch(which, i + 2);
+        const float total = lanes_sum<8>(sum[0][0]) * factor;
+        if (threadIdx.x % 8 == 0) made[i % 2][row_of(i) + tile_of::row()] = total;
     }
-    gate[0] = lanes_sum<lanes>(gate[0]) * factor;
-    up[0] = lanes_sum<lanes>(up[0]) * factor;
-    if (lane == 0) made[local] = 32 * unit + local < slot.gate->rows ? silu(gate[0]) * up[0] : 0.0f;
     __syncthreads();
     if (threadIdx.x >= warp_size) return;
-    unsigned char* to = hidden_of(a, gridDim.y, widest_units, row, blockIdx.y);
-    const bool as_codes = Codes && is_integer(slot.down->type);
-    const staged out(to, units_of(slot.gate->rows), !as_codes);
+    const bool as_codes = Codes && is_integer(down.type);
+    const staged out(hidden_of(a, gridDim.y, widest_units, row, slot), units_of(gate.rows), !as_codes);
     const int i = threadIdx.x;
-    const float value = made[i];
+    const float value = 32 * unit + i < gate.rows ? silu(made[0][i]) * made[1][i] : 0.0f;
     if (!as_codes) {
         out.values[staged::place(32 * unit + i)] = value;
         return;
     }
     const float largest = lanes_max(fabsf(value));
     const int q = __float2int_rn(value * (largest > 0 ? 127.0f / largest : 0.0f));
-    const int sum = lanes_sum<16>(q);
-    const int other = __shfl_xor_sync(0xFFFFFFFFu, sum, 16);
+    const int sum_of_codes = lanes_sum<16>(q);
+    const int other = __shfl_xor_sync(0xFFFFFFFFu, sum_of_codes, 16);
     (i < 16 ? out.first : out.second)[16 * unit + i % 16] = static_cast<signed char>(q);
-    if (i == 0) out.marks[unit] = {__float_as_int(largest * (1 / 127.0f)), (sum & 0xFFFF) | other << 16};
+    if (i == 0) out.marks[unit] = {__float_as_int(largest * (1 / 127.0f)), (sum_of_codes & 0xFFFF) | other << 16};
 }
 
-/// A lane's part of one output row over several slots with the same matrices. Where a slot is one piece for each lane,
-/// several slots are loaded at once.
-template <class Format, bool Codes>
-__device__ inline float down_product(const launch::matrix& down, int row, int slots, const long long* start,
-                                     const float* weight, unsigned char* memory, int slot_bytes, int lane) {
-    const int units = units_of(down.columns), pieces = units * (32 / Format::elements);
-    const unsigned char* record = down.data + static_cast<long long>(row) * down.row_bytes;
-    constexpr bool floats = !(Codes && Format::integer);
-    float total = 0;
-    int slot = 0;
-    if (pieces == warp_size) {
-        constexpr int ahead = sizeof(typename Format::piece) > 32 ? 2 : 4;
-#pragma unroll 1
-        for (; slot + ahead <= slots; slot += ahead) {
-            typename Format::piece w[ahead];
-#pragma unroll
-            for (int i = 0; i < ahead; ++i) w[i] = Format::load(record + start[slot + i], units, lane);
-#pragma unroll
-            for (int i = 0; i < ahead; ++i) {
-                float sum[1] = {};
-                add_products<Format, Codes>(w[i], lane, staged(memory + (slot + i) * slot_bytes, units, floats), 0,
-                                            sum);
-                total += weight[slot + i] * sum[0];
-            }
-        }
-    }
-#pragma unroll 1
-    for (; slot < slots; ++slot) {
-        float sum[1] = {};
-        row_product<Format, Codes, warp_size>(record + start[slot], units, lane,
-                                              staged(memory + slot * slot_bytes, units, floats), 0, sum);
-        total += weight[slot] * sum[0];
-    }
-    return total;
-}
-
-/// out = or += the weighted sum over the slots of W_down hidden. A warp per element of the output. Grid: (blocks,
-/// rows).
-template <bool Codes>
-__global__ void __launch_bounds__(expert_threads, 4)
-    expert_down_kernel(const __grid_constant__ launch::experts_args a, const int widest_units, const int slots) {
+/// out = or += the weighted sum over the slots of W_down hidden. A warp takes two elements of the output, over all
+/// slots. Grid: (blocks, rows). Behind the router and the first kernel, the choice is there before the wait.
+template <bool Codes, space From>
+__global__ void __launch_bounds__(down_threads, 3)
+    expert_down_kernel(const __grid_constant__ launch::experts_args a, const int widest_units, const int slot_bytes) {
     extern __shared__ __align__(16) unsigned char memory[];
-    __shared__ long long start[32];
-    __shared__ float weight[32];
-    wait_for_previous();
-    const int row = blockIdx.y;
+    __shared__ expert_slots slots;
+    using tile_of = row_tile<warp_size, 2>;
+    const bool shared = a.shared_gate.data != nullptr, routed = a.route.logits != nullptr;
+    const int row = blockIdx.y, count = a.k + (shared ? 1 : 0);
+    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size, warps = blockDim.x / warp_size;
     const auto bytes = [&](const launch::matrix& down) {
         const int units = units_of(down.columns);
         return Codes && is_integer(down.type) ? staged::code_bytes(units) : staged::value_bytes(units);
     };
-    const int slot_bytes = bytes(a.down), shared_at = a.k * slot_bytes;
-    // All slots' activations: chunks of 16 bytes, slot after slot, several on the way at once.
-    const int chunks = slot_bytes / 16, end = a.k * chunks + (slots > a.k ? bytes(a.shared_down) / 16 : 0);
-    constexpr int turns = 4;
-    for (int base = threadIdx.x; base < end; base += turns * expert_threads) {
-        uint4 v[turns];
-#pragma unroll
-        for (int t = 0; t < turns; ++t) {
-            const int i = min(base + t * expert_threads, end - 1), slot = min(i / chunks, a.k);
-            v[t] = reinterpret_cast<const uint4*>(hidden_of(a, slots, widest_units, row, slot))[i - slot * chunks];
-        }
-#pragma unroll
-        for (int t = 0; t < turns; ++t) {
-            if (base + t * expert_threads < end) reinterpret_cast<uint4*>(memory)[base + t * expert_threads] = v[t];
-        }
+    const int in_bytes = bytes(a.down), shared_at = a.k * in_bytes;
+    const int all_bytes = shared_at + (shared ? bytes(a.shared_down) : 0);
+    unsigned char* const weights = memory + all_bytes + warp * slot_bytes;
+    const int pitch = tile_of::rows * a.down.row_bytes;  // between slots' rows
+    const auto rows_of = [&](const launch::matrix& down, int slot, int r) {
+        const int which = slot == a.k ? 0 : slots.which[slot];
+        return tile_of(down, static_cast<long long>(which) * down.rows + r, down.rows - r);
+    };
+    const auto fetch_chosen = [&](int r) {
+        for (int slot = 0; slot < a.k; ++slot) rows_of(a.down, slot, r).fetch(weights + slot * pitch);
+    };
+    const auto fetch_shared = [&](int r) {
+        if (shared) rows_of(a.shared_down, a.k, r).fetch(weights + a.k * pitch);
+    };
+    constexpr bool copies = From == space::shared;
+    int r = (warp * gridDim.x + blockIdx.x) * tile_of::rows;
+
+    start_next();
+    if (copies && r < a.down.rows) fetch_shared(r);
+    if (!routed) wait_for_previous();
+    slots.fill(a, row);
+    if (copies && r < a.down.rows) fetch_chosen(r);
+    if (routed) wait_for_previous();
+    for (int i = 16 * threadIdx.x; i < all_bytes; i += 16 * blockDim.x) {
+        const int slot = min(i / in_bytes, a.k);
+        begin_copy16(memory + i, hidden_of(a, count, widest_units, row, slot) + i - slot * in_bytes);
     }
-    if (threadIdx.x < a.k) {
-        const expert_slot slot(a, row, threadIdx.x);
-        start[threadIdx.x] = static_cast<long long>(slot.which) * a.down.rows * a.down.row_bytes;
-        weight[threadIdx.x] = slot.weight;
-    }
+    copies_done();
     __syncthreads();
-    const int lane = threadIdx.x % warp_size;
-    const int r = (blockIdx.x * blockDim.x + threadIdx.x) / warp_size;
-    if (r >= a.down.rows) return;
-    float total = 0;
-    visit_format(a.down.type, [&]<class Format>() {
-        total = down_product<Format, Codes>(a.down, r, a.k, start, weight, memory, slot_bytes, lane);
-    });
-    if (slots > a.k) {
-        const long long first = 0;
-        const float one = 1;
-        visit_format(a.shared_down.type, [&]<class Format>() {
-            total += down_product<Format, Codes>(a.shared_down, r, 1, &first, &one, memory + shared_at, 0, lane);
-        });
+    while (r < a.down.rows) {
+        float* const out = a.out + row * a.out_row + r + lane;
+        const bool mine = lane < tile_of::rows && r + lane < a.down.rows;
+        const float before = mine && a.accumulate ? *out : 0.0f;
+        if (copies) {
+            copies_done();
+            __syncwarp();
+        }
+        float total[tile_of::each] = {};
+        const auto add_slots = [&](const launch::matrix& down, int first_slot, int last_slot) {
+            const int units = units_of(down.columns);
+            visit_format(down.type, [&]<class Format>() {
+                constexpr bool floats = !(Codes && Format::integer);
+#pragma unroll 1
+                for (int slot = first_slot; slot < last_slot; ++slot) {
+                    float sum[tile_of::each][1] = {};
+                    rows_of(down, slot, r)
+                        .template multiply<Format, Codes, From>(
+                            weights + slot * pitch, units, staged(memory + slot * in_bytes, units, floats), 0, sum);
+#pragma unroll
+                    for (int j = 0; j < tile_of::each; ++j) total[j] += slots.weight[slot] * sum[j][0];
+                }
+            });
+        };
+        add_slots(a.down, 0, a.k);
+        if (shared) add_slots(a.shared_down, a.k, a.k + 1);
+        const int next = r + static_cast<int>(gridDim.x) * warps * tile_of::rows;
+        if (copies) {
+            __syncwarp();
+            if (next < a.down.rows) fetch_shared(next), fetch_chosen(next);
+        }
+        float result = 0;
+#pragma unroll
+        for (int j = 0; j < tile_of::each; ++j) {
+            const float all = lanes_sum(total[j]);
+            if (lane == j) result = before + all;
+        }
+        if (mine) *out = result;
+        r = next;
     }
-    total = lanes_sum(total);
-    if (lane != 0) return;
-    float& out = a.out[row * a.out_row + r];
-    out = a.accumulate ? out + total : total;
 }
 
 }  // namespace keel::cuda_kernels
@@ -332,42 +278,54 @@ namespace keel::cuda_launch {
 /// Up to 1024 experts, up to 32 of them chosen.
 cudaError_t route(const route_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
-    if (a.experts > 1024 || a.k > warp_size) return cudaErrorInvalidValue;
-    return start(a.experts <= 256 ? route_kernel<8> : route_kernel<32>, grid_of(a.rows), warp_size, 0, stream, a);
-}
-
-cudaError_t choose(const choose_args& a, cudaStream_t stream) {
-    using namespace cuda_kernels;
-    if (a.route.experts > 1024 || a.route.k > warp_size || a.router.type != layout::f32) return cudaErrorInvalidValue;
-    return start(a.route.experts <= 256 ? choose_kernel<8> : choose_kernel<32>,
-                 grid_of(ceil_div(a.router.rows, choose_warps) + (a.codes == nullptr ? 0 : 1), a.route.rows),
-                 choose_warps * warp_size, 0, stream, a);
+    if (a.experts > most_experts || a.k > most_chosen) return cudaErrorInvalidValue;
+    return start(route_kernel, grid_of(a.rows), route_threads, 0, stream, a);
 }
 
 cudaError_t experts(const experts_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
     const bool shared = a.shared_gate.data != nullptr;
     const int slots = a.k + (shared ? 1 : 0);
-    if (a.k > 32) return cudaErrorInvalidValue;
+    if (a.k > most_chosen || a.route.experts > most_experts) return cudaErrorInvalidValue;
     const int units = units_of(a.gate.columns);
     const int widest = max(a.gate.rows, shared ? a.shared_gate.rows : 0);
     bool floats = false, codes = false;
-    const auto input = [&](const matrix& m) { (a.quantise && is_integer(m.type) ? codes : floats) = true; };
+    int row_bytes = 0;
+    const auto input = [&](const matrix& m) {
+        (a.quantise && is_integer(m.type) ? codes : floats) = true;
+        row_bytes = max(row_bytes, m.row_bytes);
+    };
     input(a.gate), input(a.up);
     if (shared) input(a.shared_gate), input(a.shared_up);
     const int in_bytes = (floats ? staged::value_bytes(units) : 0) + (codes ? staged::code_bytes(units) : 0);
-    const auto up = a.quantise ? expert_up_kernel<true> : expert_up_kernel<false>;
-    const auto e = start(up, grid_of(units_of(widest), slots, a.rows), expert_threads, in_bytes, stream, a,
-                         units_of(widest), floats, codes);
+    const auto up = [&]<space From>(int slot_bytes) {
+        return start(a.quantise ? expert_up_kernel<true, From> : expert_up_kernel<false, From>,
+                     grid_of(units_of(widest), slots, a.rows), up_threads, in_bytes + 2 * up_warps * slot_bytes, stream,
+                     a, units_of(widest), floats, codes, slot_bytes);
+    };
+    const int up_slot = row_tile<8>::rows * row_bytes;
+    const bool up_fits = in_bytes + 2 * up_warps * up_slot <= shared_bytes_up_to(208 * 1024);
+    const auto e = up_fits ? up.template operator()<space::shared>(up_slot) : up.template operator()<space::global>(0);
     if (e != cudaSuccess) return e;
-    const auto slot_bytes = [&](const matrix& m) {
+
+    const auto hidden_bytes = [&](const matrix& m) {
         const int u = units_of(m.columns);
         return a.quantise && is_integer(m.type) ? staged::code_bytes(u) : staged::value_bytes(u);
     };
-    const int bytes = a.k * slot_bytes(a.down) + (shared ? slot_bytes(a.shared_down) : 0);
-    const auto down = a.quantise ? expert_down_kernel<true> : expert_down_kernel<false>;
-    return start(down, grid_of(ceil_div(a.down.rows, expert_threads / warp_size), a.rows), expert_threads, bytes,
-                 stream, a, units_of(widest), slots);
+    const int bytes = a.k * hidden_bytes(a.down) + (shared ? hidden_bytes(a.shared_down) : 0);
+    const int tiles = ceil_div(a.down.rows, row_tile<warp_size, 2>::rows), blocks = min(tiles, multiprocessors());
+    const auto down = [&]<space From>(int x, int warps, int slot_bytes) {
+        return start(a.quantise ? expert_down_kernel<true, From> : expert_down_kernel<false, From>, grid_of(x, a.rows),
+                     warps * warp_size, bytes + warps * slot_bytes, stream, a, units_of(widest), slot_bytes);
+    };
+    const int slot_bytes =
+        row_tile<warp_size, 2>::rows * (a.k * a.down.row_bytes + (shared ? a.shared_down.row_bytes : 0));
+    const int fit = (shared_bytes_up_to(160 * 1024) - bytes) / slot_bytes;
+    const int warps = min(min(down_warps, ceil_div(tiles, blocks)), fit);
+    constexpr int worth = 4;  // fewer warps than that do not keep a multiprocessor busy
+    return warps >= worth || (warps > 0 && warps * blocks >= tiles)
+               ? down.template operator()<space::shared>(blocks, warps, slot_bytes)
+               : down.template operator()<space::global>(ceil_div(tiles, down_warps), down_warps, 0);
 }
 
 }  // namespace keel::cuda_launch

@@ -81,7 +81,7 @@ struct format<launch::layout::f32> {
     struct piece {
         uint4 bits;
     };
-    template <memory From = memory::global>
+    template <space From = space::global>
     __device__ static piece load(const unsigned char* row, int, int p) {
         return {load_weights16<From>(row + 16 * p)};
     }
@@ -100,7 +100,7 @@ struct format<launch::layout::f16> {
     struct piece {
         uint4 bits;
     };
-    template <memory From = memory::global>
+    template <space From = space::global>
     __device__ static piece load(const unsigned char* row, int, int p) {
         return {load_weights16<From>(row + 16 * p)};
     }
@@ -121,7 +121,7 @@ struct format<launch::layout::bf16> {
     struct piece {
         uint4 bits;
     };
-    template <memory From = memory::global>
+    template <space From = space::global>
     __device__ static piece load(const unsigned char* row, int, int p) {
         return {load_weights16<From>(row + 16 * p)};
     }
@@ -139,7 +139,7 @@ struct format<launch::layout::bf16> {
 struct byte_codes {
     uint4 first, second;
 
-    template <memory From>
+    template <space From>
     __device__ static byte_codes load(const unsigned char* codes, int u) {
         return {load_weights16<From>(codes + 32 * u), load_weights16<From>(codes + 32 * u + 16)};
     }
@@ -158,7 +158,7 @@ struct format<launch::layout::q8_0> {
         byte_codes codes;
         unsigned short scale;
     };
-    template <memory From = memory::global>
+    template <space From = space::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
         return {byte_codes::load<From>(row, u), cuda_kernels::load<unsigned short, From>(row + 32 * units + 2 * u)};
     }
@@ -182,7 +182,7 @@ struct format<launch::layout::wide> {
         byte_codes codes;
         uint4 scales;  // scale, minimum of elements 0 to 15, then of 16 to 31
     };
-    template <memory From = memory::global>
+    template <space From = space::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
         return {byte_codes::load<From>(row, u), load_weights16<From>(row + 32 * units + 16 * u)};
     }
@@ -223,7 +223,7 @@ struct scaled_pair {
     unsigned short scales;  // scale low, minimum high
     unsigned factors;       // d low, dmin high
 
-    template <memory From>
+    template <space From>
     __device__ static scaled_pair load(const unsigned char* scales, int units, int u) {
         return {cuda_kernels::load<unsigned short, From>(scales + 2 * u),
                 cuda_kernels::load<unsigned, From>(scales + 2 * units + u / 8 * 4)};
@@ -245,7 +245,7 @@ struct scaled_pair {
     __device__ float dot(int sum, const staged& x, int u) const {
         const unit_mark mark(x, u);
         return mark.scale * (scale() * static_cast<float>(sum) -
-                             minimum() * static_cast<float>(low_sum(mark.sums) + high_sum(mark.sums)));
+                             minimum() * static_cast<float>(__dp2a_lo(mark.sums, 0x0101, 0)));
     }
 };
 
@@ -257,7 +257,7 @@ struct format<launch::layout::q4_k> {
         uint4 codes;
         scaled_pair scales;
     };
-    template <memory From = memory::global>
+    template <space From = space::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
         return {load_weights16<From>(row + 16 * u), scaled_pair::load<From>(row + 16 * units, units, u)};
     }
@@ -297,7 +297,7 @@ struct format<launch::layout::q5_k> {
             }
         }
     };
-    template <memory From = memory::global>
+    template <space From = space::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
         return {load_weights16<From>(row + 16 * u), cuda_kernels::load<unsigned, From>(row + 16 * units + 4 * u),
                 scaled_pair::load<From>(row + 20 * units, units, u)};
@@ -336,7 +336,7 @@ struct format<launch::layout::q6_k> {
         }
         __device__ int scale(int half) const { return static_cast<signed char>(scales >> (8 * half)); }
     };
-    template <memory From = memory::global>
+    template <space From = space::global>
     __device__ static piece load(const unsigned char* row, int units, int u) {
         return {load_weights16<From>(row + 16 * u), cuda_kernels::load<uint2, From>(row + 16 * units + 8 * u),
                 cuda_kernels::load<unsigned short, From>(row + 24 * units + 2 * u),

@@ -96,7 +96,8 @@ struct matvec_args {
     const float* norm;     ///< rms_norm: the weight
     const float* squares;  ///< head_norm: (rows, columns / head_dim, slabs), sums of squares over a slab
     const unsigned char* codes;
-    long long codes_row;  ///< bytes
+    long long codes_row;       ///< bytes
+    unsigned char* put_codes;  ///< if not null, rms_norm(x) is also left there as codes, code_row_bytes() a row
     float epsilon;
     int head_dim, slabs;
     int quantise;  ///< 1: integer codes are multiplied with activations rounded to 8 bits
@@ -239,7 +240,6 @@ struct kda_mix_args {
     unsigned char* codes;  ///< the same as codes of 8 bits, code_row_bytes() a row
     long long out_row;
     float* squares;
-    unsigned* arrived;  ///< (segments, heads), zero before and after
     const segment* segments;
     int segment_count;
     int layer;
@@ -302,20 +302,6 @@ struct route_args {
 };
 cudaError_t route(const route_args&, cudaStream_t);
 
-/// rms_norm, product with an f32 matrix of (experts, columns), and route, in one kernel.
-struct choose_args {
-    const float* x;
-    long long x_row;
-    const float* norm;
-    float epsilon;
-    matrix router;
-    float* logits;         ///< (rows, experts), in between
-    unsigned char* codes;  ///< if not null: rms_norm(x) as codes of 8 bits, code_row_bytes() a row
-    unsigned* arrived;     ///< (rows), zero before and after
-    route_args route;
-};
-cudaError_t choose(const choose_args&, cudaStream_t);
-
 inline constexpr int hidden_unit_bytes = 144;
 
 /// Gated feed-forward networks: out = or += W_down (silu(W_gate x) W_up x), or with `chosen` the sum over k of
@@ -340,6 +326,7 @@ struct experts_args : networks {
     const float* norm = nullptr;  ///< null: x is the input; else rms_norm(x; norm) is
     float epsilon = 0;
     const unsigned char* codes = nullptr;  ///< if not null: the input as codes, where weights have at most 6 bits
+    route_args route{};  ///< if its logits are not null, the choice is made of them
     matrix shared_gate{}, shared_up{}, shared_down{};
     int quantise = 0;
     float* hidden = nullptr;

@@ -1,45 +1,62 @@
 // SPDX-License-Identifier: MIT
 //
-// Products of quantised matrices with few rows of activations: every weight is read once, with 16-byte loads, and
-// decoded in registers. Also the embedding's rows.
+// Products of quantised matrices with few rows of activations: every weight is read once, copied to shared memory while
+// the previous kernel still runs, and decoded in registers. Also the embedding's rows.
 #pragma once
+
+#include <climits>
 
 #include <keel/backend/cuda/device.cuh>
 #include <keel/backend/cuda/formats.cuh>
 
 namespace keel::cuda_kernels {
 
-/// Puts a row of activations into shared memory. four(i) returns its elements i to i + 3, zeros behind the end; eight
-/// lanes make a unit. What four() loads is loaded for several turns before the first is used.
-template <int turns, class F>
-__device__ inline void stage(const staged& x, int units, bool floats, bool codes, F&& four) {
-    const int end = ceil_div(units * 8, warp_size) * warp_size;
-    for (int base = threadIdx.x; base < end; base += turns * blockDim.x) {
-        float4 of_turn[turns];
-#pragma unroll
-        for (int t = 0; t < turns; ++t) {
-            const int i = base + t * blockDim.x;
-            of_turn[t] = i < units * 8 ? four(4 * i) : float4{};
+/// Eight neighbouring elements.
+struct eight {
+    float4 first, second;
+};
+
+__device__ inline float4 times(const float4& a, const float4& b) {
+    return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
+}
+__device__ inline float largest_of(const float4& v) {
+    return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+}
+__device__ inline float squares_of(const float4& v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
+
+/// Four codes of 8 bits.
+__device__ inline int codes_of(const float4& v, float factor) {
+    const int q0 = __float2int_rn(v.x * factor), q1 = __float2int_rn(v.y * factor), q2 = __float2int_rn(v.z * factor),
+              q3 = __float2int_rn(v.w * factor);
+    return static_cast<int>(__byte_perm(__byte_perm(q0, q1, 0x0040), __byte_perm(q2, q3, 0x0040), 0x5410));
+}
+
+/// Puts a row of activations into shared memory. load(i) returns its elements from i on, zeros behind the end; four
+/// lanes make a unit.
+template <class F>
+__device__ inline void stage(const staged& x, int units, bool floats, bool codes, F&& load) {
+    const int end = ceil_div(units * 4, warp_size) * warp_size;
+    const auto load_inside = [&](int i) { return i < 4 * units ? load(8 * i) : eight{}; };
+    eight ahead = load_inside(threadIdx.x);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < end; i += blockDim.x) {
+        const int u = i / 4, part = i % 4;
+        const bool inside = u < units;
+        const eight v = ahead;
+        ahead = load_inside(i + blockDim.x);
+        if (floats && inside) {
+            float4* to = reinterpret_cast<float4*>(x.values + staged::place(8 * i));
+            to[0] = v.first, to[1] = v.second;
         }
-#pragma unroll
-        for (int t = 0; t < turns; ++t) {
-            const int i = base + t * blockDim.x, u = i / 8, part = i % 8;
-            if (i >= end) break;  // for all of a warp
-            const float4 v = of_turn[t];
-            const bool inside = u < units;
-            if (floats && inside) *reinterpret_cast<float4*>(x.values + staged::place(4 * i)) = v;
-            if (!codes) continue;
-            const float largest = lanes_max<8>(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
-            const float inverse = largest > 0 ? __fdividef(127.0f, largest) : 0.0f;
-            const int q0 = __float2int_rn(v.x * inverse), q1 = __float2int_rn(v.y * inverse),
-                      q2 = __float2int_rn(v.z * inverse), q3 = __float2int_rn(v.w * inverse);
-            const int sum = lanes_sum<4>(q0 + q1 + q2 + q3);
-            const int other = __shfl_xor_sync(0xFFFFFFFFu, sum, 4);
-            if (!inside) continue;
-            *reinterpret_cast<int*>((part < 4 ? x.first : x.second) + 16 * u + part % 4 * 4) =
-                (q0 & 255) | (q1 & 255) << 8 | (q2 & 255) << 16 | q3 << 24;
-            if (part == 0) x.marks[u] = {__float_as_int(largest * (1 / 127.0f)), (sum & 0xFFFF) | other << 16};
-        }
+        if (!codes) continue;
+        const float largest = lanes_max<4>(fmaxf(largest_of(v.first), largest_of(v.second)));
+        const float factor = largest > 0 ? __fdividef(127.0f, largest) : 0.0f;
+        const int2 q = {codes_of(v.first, factor), codes_of(v.second, factor)};
+        const int sum = lanes_sum<2>(__dp4a(q.x, 0x01010101, __dp4a(q.y, 0x01010101, 0)));
+        const int other = __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
+        if (!inside) continue;
+        *reinterpret_cast<int2*>((part < 2 ? x.first : x.second) + 16 * u + part % 2 * 8) = q;
+        if (part == 0) x.marks[u] = {__float_as_int(largest * (1 / 127.0f)), (sum & 0xFFFF) | other << 16};
     }
 }
 
@@ -48,20 +65,19 @@ __device__ inline void stage(const staged& x, int units, bool floats, bool codes
 __device__ inline void stage_weighted(const staged& to, int units, bool floats, bool codes, const float* x,
                                       const float* weight, int columns, float* squares) {
     float sum = 0;
-    const auto with = [&]<int turns>(auto&& load) {
-        stage<turns>(to, units, floats, codes, [&](int i) {
-            float4 v = load(x, i);
-            if (weight == nullptr) return v;
-            const float4 w = load(weight, i);
-            sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-            return float4{v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w};
-        });
+    const bool whole = aligned16(x, weight) && columns % 32 == 0;
+    const auto load = [&](const float* p, int i) -> eight {
+        if (!whole) return {load_four(p, i, columns), load_four(p, i + 4, columns)};
+        const float4* from = reinterpret_cast<const float4*>(p + i);
+        return {from[0], from[1]};
     };
-    if (aligned16(x, weight) && columns % 32 == 0) {
-        with.template operator()<3>([&](const float* p, int i) { return *reinterpret_cast<const float4*>(p + i); });
-    } else {
-        with.template operator()<1>([&](const float* p, int i) { return load_four(p, i, columns); });
-    }
+    stage(to, units, floats, codes, [&](int i) {
+        const eight v = load(x, i);
+        if (weight == nullptr) return v;
+        const eight w = load(weight, i);
+        sum += squares_of(v.first) + squares_of(v.second);
+        return eight{times(v.first, w.first), times(v.second, w.second)};
+    });
     sum = lanes_sum(sum);
     if (threadIdx.x % warp_size == 0) squares[threadIdx.x / warp_size] = sum;
 }
@@ -104,90 +120,194 @@ __device__ inline void add_products(const typename Format::piece& w, int p, cons
     }
 }
 
-/// A lane's part of the product of one record with N staged rows: pieces lane, lane + Lanes, ...; `ahead` of them are
-/// loaded before the first is used.
-template <class Format, bool Codes, int Lanes, memory From = memory::global, int N>
-__device__ inline void row_product(const unsigned char* row, int units, int lane, const staged& x, int distance,
-                                   float (&sum)[N]) {
-    constexpr int size = sizeof(typename Format::piece);
-    constexpr int ahead = N > 2 || size > 32 ? 2 : Lanes == 8 ? 3 : 4;
+/// A lane's part of the products of `Rows` records, `pitch` bytes apart, with N staged rows: pieces lane, lane + Lanes,
+/// ...; `ahead` of them are loaded before the first is used. In what order a record's products are added depends on
+/// nothing but Format and Lanes.
+template <class Format, bool Codes, int Lanes, space From, int Rows, int N>
+__device__ inline void rows_product(const unsigned char* first, long long pitch, int units, int lane, const staged& x,
+                                    int distance, float (&sum)[Rows][N]) {
+    constexpr int size = Rows * sizeof(typename Format::piece);
+    constexpr int ahead = N > 2 || size > 64 ? 1 : size > 32 ? 2 : Lanes == 8 ? 3 : 4;
     const int pieces = units * (32 / Format::elements);
     int p = lane;
 #pragma unroll 1
     for (; p + (ahead - 1) * Lanes < pieces; p += ahead * Lanes) {
-        typename Format::piece w[ahead];
+        typename Format::piece w[ahead][Rows];
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) w[i] = Format::template load<From>(row, units, p + i * Lanes);
+        for (int i = 0; i < ahead; ++i) {
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) add_products<Format, Codes>(w[i], p + i * Lanes, x, distance, sum);
+            for (int j = 0; j < Rows; ++j) {
+                w[i][j] = Format::template load<From>(first + j * pitch, units, p + i * Lanes);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < ahead; ++i) {
+#pragma unroll
+            for (int j = 0; j < Rows; ++j) {
+                add_products<Format, Codes>(w[i][j], p + i * Lanes, x, distance, sum[j]);
+            }
+        }
     }
 #pragma unroll 1
     for (; p < pieces; p += Lanes) {
-        add_products<Format, Codes>(Format::template load<From>(row, units, p), p, x, distance, sum);
+#pragma unroll
+        for (int j = 0; j < Rows; ++j) {
+            add_products<Format, Codes>(Format::template load<From>(first + j * pitch, units, p), p, x, distance,
+                                        sum[j]);
+        }
     }
 }
 
-inline constexpr int matvec_threads = 256;
+/// Rows of a matrix that a warp multiplies in one go, `Each` by every group of `Lanes` lanes. They are copied to shared
+/// memory as early as possible (before the kernel waits for the previous one), or, if they do not fit there, read where
+/// they are.
+template <int Lanes, int Each = 1>
+struct row_tile {
+    static_assert(Each == 1 || Each == 2);
+    static constexpr int groups = warp_size / Lanes, each = Each, rows = groups * each;
 
-/// Groups of `Lanes` lanes take a row of a matrix each. Grid: (blocks, tiles of N rows of x, heads).
-template <int N, int Lanes, bool Codes>
-__global__ void __launch_bounds__(matvec_threads, N > 4 ? 2 : 4)
-    matvec_kernel(const __grid_constant__ launch::matvec_args a, const bool floats, const bool codes) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    const int units = units_of(a.columns);
-    const int distance = (floats ? staged::value_bytes(units) : 0) + (codes ? staged::code_bytes(units) : 0);
-    const int first = blockIdx.y * N;
-    const int count = min(N, a.rows - first);
-    __shared__ float squares[N][matvec_threads / warp_size];
-    constexpr int rows_at_once = warp_size / Lanes;
-    const int first_group = (blockIdx.x * blockDim.x + threadIdx.x) / warp_size;
-    if (threadIdx.x % warp_size == 0) {  // the warp's rows start on their way from memory
+    const unsigned char* data;  // record of the first row
+    int count, row_bytes;       // at most `rows`; 0: there is nothing to do
+    launch::layout type;
+
+    __device__ row_tile(const launch::matrix& m, long long first, int count_)
+        : data(m.data + first * m.row_bytes), count(max(0, min(rows, count_))), row_bytes(m.row_bytes), type(m.type) {}
+
+    /// A warp begins to copy the rows to `to`.
+    __device__ void fetch(unsigned char* to) const { begin_copy(to, data, count * row_bytes); }
+
+    /// Row `j` of the calling lane's; it may be behind the last.
+    __device__ static int row(int j = 0) { return threadIdx.x % warp_size / Lanes + j * groups; }
+
+    /// Adds a lane's part of the products with N staged rows; Format is that of `type`.
+    template <class Format, bool Codes, space From, int N>
+    __device__ void multiply(const unsigned char* slot, int units, const staged& x, int distance,
+                             float (&sum)[each][N]) const {
+        const int first = min(row(0), count - 1), second = min(row(1), count - 1);
+        const unsigned char* from = (From == space::shared ? slot : data) + static_cast<long long>(first) * row_bytes;
+        rows_product<Format, Codes, Lanes, From>(from, (second - first) * row_bytes, units, threadIdx.x % Lanes, x,
+                                                 distance, sum);
+    }
+};
+
+// Warps of a block: at least those that stage, and as many as there is work for.
+inline constexpr int matvec_least = 10, matvec_warps = 16;
+
+/// A tile of one of a kernel's products; `tile` counts through all of them.
+template <class Tile>
+struct product_tile {
+    const launch::product* of = nullptr;
+    int row = 0;
+
+    __device__ product_tile(const launch::matvec_args& a, int tile) {
 #pragma unroll 1
-        for (int i = 0, before = 0; i < a.products; ++i) {
-            const launch::matrix& w = a.list[i].weight;
-            const int r = (first_group - before) * rows_at_once;
-            if (r >= 0 && r < w.rows) {
-                prefetch(w.data + (static_cast<long long>(blockIdx.z) * w.rows + r) * w.row_bytes,
-                         min(rows_at_once, w.rows - r) * w.row_bytes);
+        for (int i = 0; i < a.products; ++i) {
+            const int tiles = ceil_div(a.list[i].weight.rows, Tile::rows);
+            if (tile < tiles) {
+                of = a.list + i;
+                row = tile * Tile::rows;
+                return;
             }
-            before += ceil_div(w.rows, rows_at_once);
+            tile -= tiles;
         }
     }
-    wait_for_previous();
-    for (int n = 0; n < N; ++n) {
-        const staged to(memory + n * distance, units, floats);
-        const int row = first + min(n, count - 1);
-        if (a.before == launch::prologue::codes) {
-            const staged from(const_cast<unsigned char*>(a.codes) + row * a.codes_row, units, false);
-            for (int i = threadIdx.x; i < 2 * units; i += blockDim.x) {
-                reinterpret_cast<uint4*>(to.first)[i] = reinterpret_cast<const uint4*>(from.first)[i];
-            }
-            const float* of_row = a.squares + row * units;
-            for (int u = threadIdx.x; u < units; u += blockDim.x) {
-                const int2 mark = from.marks[u];
-                float sum = 0;
-                for (int s = 0; s < a.slabs; ++s) sum += of_row[u / a.slabs * a.slabs + s];
-                const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
-                to.marks[u] = {__float_as_int(__int_as_float(mark.x) * scale), mark.y};
-            }
-            continue;
-        }
-        const float* x = a.x + row * a.x_row + blockIdx.z * a.x_head;
-        if (a.before == launch::prologue::head_norm) {
-            const float* of_row = a.squares + row * (a.columns / a.head_dim * a.slabs);
-            stage<2>(to, units, floats, codes, [&](int i) {
-                float sum = 0;
-#pragma unroll 4
-                for (int s = 0; s < a.slabs; ++s) sum += of_row[i / a.head_dim * a.slabs + s];
-                const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
-                const float4 v = *reinterpret_cast<const float4*>(x + i);  // whole heads of 32 elements or more
-                return float4{v.x * scale, v.y * scale, v.z * scale, v.w * scale};
-            });
-        } else {
-            stage_weighted(to, units, floats, codes, x, a.norm, a.columns, squares[n]);
-        }
+    __device__ Tile rows() const {
+        const launch::matrix& m = of->weight;
+        return {m, static_cast<long long>(blockIdx.z) * m.rows + row, m.rows - row};
+    }
+};
+
+/// Puts activations that are codes already into shared memory, scales divided by the rms of their heads.
+__device__ inline void stage_codes(const staged& to, int units, const launch::matvec_args& a, int row) {
+    const staged from(const_cast<unsigned char*>(a.codes) + row * a.codes_row, units, false);
+    for (int i = threadIdx.x; i < 2 * units; i += blockDim.x) {
+        reinterpret_cast<uint4*>(to.first)[i] = reinterpret_cast<const uint4*>(from.first)[i];
+    }
+    const float* of_row = a.squares + row * units;
+    for (int u = threadIdx.x; u < units; u += blockDim.x) {
+        const int2 mark = from.marks[u];
+        float sum = 0;
+        for (int s = 0; s < a.slabs; ++s) sum += of_row[u / a.slabs * a.slabs + s];
+        const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
+        to.marks[u] = {__float_as_int(__int_as_float(mark.x) * scale), mark.y};
+    }
+}
+
+/// Writes rms_norm(x) of a row as codes, for kernels to come. `memory` is shared, code_bytes() of it.
+__device__ inline void put_codes(const launch::matvec_args& a, int row, unsigned char* memory, float* squares) {
+    const int units = units_of(a.columns), bytes = staged::code_bytes(units);
+    const staged here(memory, units, false);
+    stage_weighted(here, units, false, true, a.x + row * a.x_row, a.norm, a.columns, squares);
+    __syncthreads();
+    const float factor = inverse_rms(squares, a.columns, a.epsilon);
+    for (int u = threadIdx.x; u < units; u += blockDim.x) {
+        here.marks[u].x = __float_as_int(__int_as_float(here.marks[u].x) * factor);
     }
     __syncthreads();
+    uint4* to = reinterpret_cast<uint4*>(a.put_codes + static_cast<long long>(row) * bytes);
+    for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) to[i] = reinterpret_cast<const uint4*>(memory)[i];
+    __syncthreads();
+}
+
+/// The first `warps` warps of a block multiply, each with a slot of shared memory for its next tile of weights.
+/// Grid: (blocks, tiles of N rows of x, heads), and one more block where codes are to be written.
+template <int N, int Lanes, bool Codes, space From>
+__global__ void __launch_bounds__(matvec_warps* warp_size, N > 1 ? 1 : 2)
+    matvec_kernel(const __grid_constant__ launch::matvec_args a, const bool floats, const bool codes, const int warps,
+                  const int slot_bytes) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    __shared__ float squares[N][matvec_warps];
+    using tile_of = row_tile<Lanes>;
+    const int units = units_of(a.columns);
+    const int distance = (floats ? staged::value_bytes(units) : 0) + (codes ? staged::code_bytes(units) : 0);
+    const int first = blockIdx.y * N, count = min(N, a.rows - first);
+    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    const int blocks = a.put_codes == nullptr ? gridDim.x : gridDim.x - 1;
+    unsigned char* const slot = memory + N * distance + warp * slot_bytes;
+
+    // Warps of a block take tiles that are far apart: every block has its share of each matrix.
+    const int step = warps * blocks;
+    int tile = warp < warps && blockIdx.x < blocks ? warp * blocks + blockIdx.x : INT_MAX / 2;
+    product_tile<tile_of> at(a, tile);
+    const auto fetch = [&] {
+        if (From == space::shared && at.of != nullptr) at.rows().fetch(slot);
+    };
+    start_next();
+    fetch();
+    if (threadIdx.x == 0 && a.before == launch::prologue::rms_norm && a.columns % 4 == 0 && aligned16(a.norm, a.norm)) {
+        prefetch(reinterpret_cast<const unsigned char*>(a.norm), a.columns * 4);
+    }
+    // The norm is rehearsed with whatever x is there: the first time, its instructions have to come from memory.
+#pragma unroll 1
+    for (int rehearsals = N == 1 && a.before == launch::prologue::rms_norm ? 1 : 0; rehearsals >= 0; --rehearsals) {
+        if (rehearsals == 0) wait_for_previous();
+        if (blockIdx.x == blocks) {
+            if (rehearsals > 0) continue;
+            for (int n = 0; n < count; ++n) put_codes(a, first + n, memory, squares[n]);
+            return;
+        }
+        for (int n = 0; n < N; ++n) {
+            const staged to(memory + n * distance, units, floats);
+            const int row = first + min(n, count - 1);
+            const float* x = a.x + row * a.x_row + blockIdx.z * a.x_head;
+            if (a.before == launch::prologue::codes) {
+                stage_codes(to, units, a, row);
+            } else if (a.before == launch::prologue::head_norm) {
+                const float* of_row = a.squares + row * (a.columns / a.head_dim * a.slabs);
+                stage(to, units, floats, codes, [&](int i) -> eight {  // whole heads of 32 elements or more
+                    float sum = 0;
+                    for (int s = 0; s < a.slabs; ++s) sum += of_row[i / a.head_dim * a.slabs + s];
+                    const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
+                    const float4 scales{scale, scale, scale, scale};
+                    const float4* from = reinterpret_cast<const float4*>(x + i);
+                    return {times(from[0], scales), times(from[1], scales)};
+                });
+            } else {
+                stage_weighted(to, units, floats, codes, x, a.norm, a.columns, squares[n]);
+            }
+        }
+        __syncthreads();
+    }
     float factor[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -195,41 +315,70 @@ __global__ void __launch_bounds__(matvec_threads, N > 4 ? 2 : 4)
     }
 
     const staged x(memory, units, floats);
-    const int lane = threadIdx.x % Lanes;
-    int group = first_group;
-#pragma unroll 1
-    for (int i = 0, before = 0; i < a.products; ++i) {
-        const launch::product& product = a.list[i];
-        const int groups = ceil_div(product.weight.rows, rows_at_once);
-#pragma unroll 1
-        for (; group < before + groups; group += gridDim.x * blockDim.x / warp_size) {
-            const int r = (group - before) * rows_at_once + threadIdx.x % warp_size / Lanes;
-            const long long record =
-                static_cast<long long>(blockIdx.z) * product.weight.rows + min(r, product.weight.rows - 1);
-            const unsigned char* row = product.weight.data + record * product.weight.row_bytes;
-            float sum[N] = {};
-            visit_format(product.weight.type, [&]<class Format>() {
-                row_product<Format, Codes, Lanes>(row, units, lane, x, distance, sum);
-            });
+    while (at.of != nullptr) {
+        const tile_of rows = at.rows();
+        const launch::product& product = *at.of;
+        // Lane n of a group keeps the result of row n of x, and of row n + Lanes. What it is added to is asked for
+        // before it is needed.
+        constexpr int results = ceil_div(N, Lanes);
+        float *out[results], before[results];
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
-                sum[n] = lanes_sum<Lanes>(sum[n]) * factor[n];
-                if (lane != n % Lanes || n >= count || r >= product.weight.rows) continue;
-                float* out = product.out + (first + n) * product.out_row + blockIdx.z * product.out_head + r;
-                *out = product.accumulate ? *out + sum[n] : sum[n];
-            }
+        for (int i = 0; i < results; ++i) {
+            const int n = lane % Lanes + i * Lanes;
+            const bool mine = n < count && tile_of::row() < rows.count;
+            out[i] = mine ? product.out + (first + n) * product.out_row + blockIdx.z * product.out_head + at.row +
+                                tile_of::row()
+                          : nullptr;
+            before[i] = mine && product.accumulate ? *out[i] : 0.0f;
         }
-        before += groups;
+        float sum[1][N] = {};
+        copies_done();
+        __syncwarp();
+        visit_format(rows.type, [&]<class Format>() {
+            rows.template multiply<Format, Codes, From>(slot, units, x, distance, sum);
+        });
+        tile += step;
+        at = product_tile<tile_of>(a, tile);
+        __syncwarp();
+        fetch();
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const float total = lanes_sum<Lanes>(sum[0][n]) * factor[n];
+            float* const to = out[n / Lanes];
+            if (lane % Lanes == n % Lanes && to != nullptr) *to = before[n / Lanes] + total;
+        }
     }
 }
 
 template <int N, int Lanes>
-cudaError_t start_matvec(const launch::matvec_args& a, int groups, bool floats, bool codes, int row_bytes,
-                         cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(groups, matvec_threads / warp_size)),
-                    static_cast<unsigned>(ceil_div(a.rows, N)), static_cast<unsigned>(a.heads));
-    return start(a.quantise ? matvec_kernel<N, Lanes, true> : matvec_kernel<N, Lanes, false>, grid, matvec_threads,
-                 N * row_bytes, stream, a, floats, codes);
+cudaError_t start_matvec(const launch::matvec_args& a, bool floats, bool codes, int row_bytes, cudaStream_t stream) {
+    using tile_of = row_tile<Lanes>;
+    int tiles = 0, widest = 0;
+    for (int i = 0; i < a.products; ++i) {
+        tiles += ceil_div(a.list[i].weight.rows, tile_of::rows);
+        widest = max(widest, a.list[i].weight.row_bytes);
+    }
+    const int slot_bytes = tile_of::rows * widest;
+    // How many threads add up squares depends on the weights alone: so do the sums, to the bit.
+    const int row_tiles = ceil_div(a.rows, N), for_one_row = max(1, min(tiles, multiprocessors() / a.heads));
+    const int most = max(matvec_least, min(matvec_warps, ceil_div(tiles, for_one_row))), threads = most * warp_size;
+    const int blocks = max(1, for_one_row / row_tiles);
+    const bool rounds = tiles > 4 * blocks * matvec_warps;
+    const int wanted =
+        (rounds ? 200 : 112) * 1024;  // leaves room for the kernels before and behind, unless this is long
+    const int fit = (shared_bytes_up_to(wanted) - N * row_bytes) / slot_bytes;
+    const int warps = min(min(most, ceil_div(tiles, blocks)), fit);
+    const auto with = [&]<space From>(int x, int working, int bytes) {
+        const dim3 grid(static_cast<unsigned>(x + (a.put_codes == nullptr ? 0 : 1)),
+                        static_cast<unsigned>(ceil_div(a.rows, N)), static_cast<unsigned>(a.heads));
+        constexpr bool may_round = Lanes > 4;  // narrower rows are not
+        return start(a.quantise ? matvec_kernel<N, Lanes, may_round, From> : matvec_kernel<N, Lanes, false, From>, grid,
+                     threads, N * row_bytes + working * bytes, stream, a, floats, codes, working, bytes);
+    };
+    constexpr int worth = 4;  // fewer warps than that do not keep a multiprocessor busy
+    return warps >= worth || (warps > 0 && warps * blocks >= tiles)
+               ? with.template operator()<space::shared>(blocks, warps, slot_bytes)
+               : with.template operator()<space::global>(ceil_div(tiles, most), most, 0);
 }
 
 __global__ void embed_kernel(const __grid_constant__ launch::embed_args a) {
@@ -261,12 +410,11 @@ cudaError_t matvec(const matvec_args& a, cudaStream_t stream) {
     }
     const int units = units_of(a.columns);
     const int row_bytes = (floats ? staged::value_bytes(units) : 0) + (codes ? staged::code_bytes(units) : 0);
-    const bool narrow = rows >= 8192 || a.columns < 1024;
+    const bool tiny = a.columns <= 128 && !codes, narrow = rows >= 4096 || a.columns < 1024;
     const auto with = [&]<int N>() {
-        int groups = 0;
-        for (int i = 0; i < a.products; ++i) groups += ceil_div(a.list[i].weight.rows, narrow ? 4 : 1);
-        return narrow ? start_matvec<N, 8>(a, groups, floats, codes, row_bytes, stream)
-                      : start_matvec<N, 32>(a, groups, floats, codes, row_bytes, stream);
+        return tiny     ? start_matvec<N, 4>(a, floats, codes, row_bytes, stream)
+               : narrow ? start_matvec<N, 8>(a, floats, codes, row_bytes, stream)
+                        : start_matvec<N, 32>(a, floats, codes, row_bytes, stream);
     };
     constexpr int enough = 96 * 1024;
     const int fit = enough / row_bytes;
