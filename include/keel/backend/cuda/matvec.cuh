@@ -360,7 +360,7 @@ cudaError_t start_matvec(const launch::matvec_args& a, bool floats, bool codes, 
     }
     const int slot_bytes = tile_of::rows * widest;
     // How many threads add up squares depends on the weights alone: so do the sums, to the bit.
-    const int row_tiles = ceil_div(a.rows, N), for_one_row = max(1, min(tiles, multiprocessors() / a.heads));
+    const int row_tiles = max(1, ceil_div(a.rows, N)), for_one_row = max(1, min(tiles, multiprocessors() / a.heads));
     const int most = max(matvec_least, min(matvec_warps, ceil_div(tiles, for_one_row))), threads = most * warp_size;
     const int blocks = max(1, for_one_row / row_tiles);
     const bool rounds = tiles > 4 * blocks * matvec_warps;
