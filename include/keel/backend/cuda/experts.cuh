@@ -126,20 +126,13 @@ __global__ void __launch_bounds__(up_threads, 5)
         }
     };
     if (shared) fetch(0, 0), fetch(0, 1);
-        // The choice is rehearsed with whatever logits are there: the first time, its instructions have to come from
-        // memory.
-#pragma unroll 1
-    for (int rehearsals = a.route.logits != nullptr ? 1 : 0; rehearsals >= 0; --rehearsals) {
-        if (rehearsals == 0) {
-            wait_for_previous();
-            if (a.codes != nullptr) {
-                const unsigned char* from = a.codes + static_cast<long long>(row) * x_bytes;
-                for (int i = 16 * threadIdx.x; i < x_bytes; i += 16 * up_threads) begin_copy16(memory + i, from + i);
-                end_copies();
-            }
-        }
-        if (!shared) slots.fill(a, row);
+    wait_for_previous();
+    if (a.codes != nullptr) {
+        const unsigned char* from = a.codes + static_cast<long long>(row) * x_bytes;
+        for (int i = 16 * threadIdx.x; i < x_bytes; i += 16 * up_threads) begin_copy16(memory + i, from + i);
+        end_copies();
     }
+    if (!shared) slots.fill(a, row);
     if (a.codes == nullptr) stage_weighted(x, units, floats, codes, a.x + row * a.x_row, a.norm, columns, squares);
     const int which = shared ? 0 : slots.which[slot];
     if (!shared) fetch(which, 0), fetch(which, 1);

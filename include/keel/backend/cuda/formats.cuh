@@ -244,8 +244,8 @@ struct scaled_pair {
     }
     __device__ float dot(int sum, const staged& x, int u) const {
         const unit_mark mark(x, u);
-        return mark.scale * (scale() * static_cast<float>(sum) -
-                             minimum() * static_cast<float>(__dp2a_lo(mark.sums, 0x0101, 0)));
+        return mark.scale *
+               (scale() * static_cast<float>(sum) - minimum() * static_cast<float>(__dp2a_lo(mark.sums, 0x0101, 0)));
     }
 };
 

@@ -326,7 +326,7 @@ struct experts_args : networks {
     const float* norm = nullptr;  ///< null: x is the input; else rms_norm(x; norm) is
     float epsilon = 0;
     const unsigned char* codes = nullptr;  ///< if not null: the input as codes, where weights have at most 6 bits
-    route_args route{};  ///< if its logits are not null, the choice is made of them
+    route_args route{};                    ///< if its logits are not null, the choice is made of them
     matrix shared_gate{}, shared_up{}, shared_down{};
     int quantise = 0;
     float* hidden = nullptr;

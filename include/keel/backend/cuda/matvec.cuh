@@ -277,37 +277,32 @@ __global__ void __launch_bounds__(matvec_warps* warp_size, N > 1 ? 1 : 2)
     if (threadIdx.x == 0 && a.before == launch::prologue::rms_norm && a.columns % 4 == 0 && aligned16(a.norm, a.norm)) {
         prefetch(reinterpret_cast<const unsigned char*>(a.norm), a.columns * 4);
     }
-    // The norm is rehearsed with whatever x is there: the first time, its instructions have to come from memory.
-#pragma unroll 1
-    for (int rehearsals = N == 1 && a.before == launch::prologue::rms_norm ? 1 : 0; rehearsals >= 0; --rehearsals) {
-        if (rehearsals == 0) wait_for_previous();
-        if (blockIdx.x == blocks) {
-            if (rehearsals > 0) continue;
-            for (int n = 0; n < count; ++n) put_codes(a, first + n, memory, squares[n]);
-            return;
-        }
-        for (int n = 0; n < N; ++n) {
-            const staged to(memory + n * distance, units, floats);
-            const int row = first + min(n, count - 1);
-            const float* x = a.x + row * a.x_row + blockIdx.z * a.x_head;
-            if (a.before == launch::prologue::codes) {
-                stage_codes(to, units, a, row);
-            } else if (a.before == launch::prologue::head_norm) {
-                const float* of_row = a.squares + row * (a.columns / a.head_dim * a.slabs);
-                stage(to, units, floats, codes, [&](int i) -> eight {  // whole heads of 32 elements or more
-                    float sum = 0;
-                    for (int s = 0; s < a.slabs; ++s) sum += of_row[i / a.head_dim * a.slabs + s];
-                    const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
-                    const float4 scales{scale, scale, scale, scale};
-                    const float4* from = reinterpret_cast<const float4*>(x + i);
-                    return {times(from[0], scales), times(from[1], scales)};
-                });
-            } else {
-                stage_weighted(to, units, floats, codes, x, a.norm, a.columns, squares[n]);
-            }
-        }
-        __syncthreads();
+    wait_for_previous();
+    if (blockIdx.x == blocks) {
+        for (int n = 0; n < count; ++n) put_codes(a, first + n, memory, squares[n]);
+        return;
     }
+    for (int n = 0; n < N; ++n) {
+        const staged to(memory + n * distance, units, floats);
+        const int row = first + min(n, count - 1);
+        const float* x = a.x + row * a.x_row + blockIdx.z * a.x_head;
+        if (a.before == launch::prologue::codes) {
+            stage_codes(to, units, a, row);
+        } else if (a.before == launch::prologue::head_norm) {
+            const float* of_row = a.squares + row * (a.columns / a.head_dim * a.slabs);
+            stage(to, units, floats, codes, [&](int i) -> eight {  // whole heads of 32 elements or more
+                float sum = 0;
+                for (int s = 0; s < a.slabs; ++s) sum += of_row[i / a.head_dim * a.slabs + s];
+                const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
+                const float4 scales{scale, scale, scale, scale};
+                const float4* from = reinterpret_cast<const float4*>(x + i);
+                return {times(from[0], scales), times(from[1], scales)};
+            });
+        } else {
+            stage_weighted(to, units, floats, codes, x, a.norm, a.columns, squares[n]);
+        }
+    }
+    __syncthreads();
     float factor[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
