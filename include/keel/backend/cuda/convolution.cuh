@@ -231,18 +231,7 @@ cudaError_t kda_inputs(const kda_inputs_args& a, cudaStream_t stream) {
         const auto with = [&]<int D>() {
             return cuda_kernels::start(cuda_kernels::kda_inputs_kernel<D, Taps>, grid, 128, 0, stream, a);
         };
-        switch (a.layout.head_dim) {
-            case 32:
-                return with.template operator()<32>();
-            case 64:
-                return with.template operator()<64>();
-            case 128:
-                return with.template operator()<128>();
-            case 256:
-                return with.template operator()<256>();
-            default:
-                return cudaErrorInvalidValue;
-        }
+        return cuda_kernels::visit_head_dim(a.layout.head_dim, with);
     });
 }
 

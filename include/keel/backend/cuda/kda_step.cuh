@@ -415,18 +415,7 @@ cudaError_t kda_step(const kda_args& a, cudaStream_t stream) {
     const auto with = [&]<int D>() {
         return start(kda_step_kernel<D>, grid_of(D / 32, a.layout.heads, a.segment_count), 256, 0, stream, a);
     };
-    switch (a.layout.head_dim) {
-        case 32:
-            return with.template operator()<32>();
-        case 64:
-            return with.template operator()<64>();
-        case 128:
-            return with.template operator()<128>();
-        case 256:
-            return with.template operator()<256>();
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return visit_head_dim(a.layout.head_dim, with);
 }
 
 cudaError_t kda_mix(const kda_mix_args& a, cudaStream_t stream) {
@@ -441,18 +430,7 @@ cudaError_t kda_mix(const kda_mix_args& a, cudaStream_t stream) {
         return start_clusters(kda_mix_kernel<D>, grid_of(blocks, a.layout.heads, a.segment_count),
                               clusters ? blocks : 0, 256, bytes, stream, a);
     };
-    switch (a.layout.head_dim) {
-        case 32:
-            return with.template operator()<32>();
-        case 64:
-            return with.template operator()<64>();
-        case 128:
-            return with.template operator()<128>();
-        case 256:
-            return with.template operator()<256>();
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return visit_head_dim(a.layout.head_dim, with);
 }
 
 }  // namespace keel::cuda_launch
