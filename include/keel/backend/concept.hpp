@@ -237,8 +237,10 @@ struct gather_args {
 ///
 /// Optional, found with `requires` by the model code:
 ///   norm_matmul(x, norm, epsilon, products)   rms_norm and then matmul
-///   kda_inputs(kda_inputs_args), mixes(batch), kda_mix(kda_mix_args), moe(moe_args)   larger pieces of the model in
-///   one, see fused.hpp keep(keep_args)                           keeping rows, which rewinding by replay needs
+///   kda_inputs(kda_inputs_args)               what the recurrence needs, in one, see fused.hpp
+///   kda_mix(kda_mix_args), mixes(batch)       a KDA layer behind its first products, and for which batches
+///   moe(moe_args)                             a sparse layer, from its norm on
+///   keep(keep_args)                           keeping rows, which rewinding by replay needs
 ///   record_bytes(type, columns)               bytes that it repacks a row of a quantised matrix to
 ///   graph(batch, pass)                        runs pass(), or replays a recording of it
 ///   enter_layer(i)                            is told which layer the next operations belong to
