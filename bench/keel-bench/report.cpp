@@ -92,6 +92,21 @@ void print_csv(const ordered_json& about, const ordered_json& rows) {
     }
 }
 
+/// The record with its rows under `name` as JSON, or as CSV, or what table() prints below the machine.
+template <class Table>
+void print_rows(const std::string& format, ordered_json& about, const char* name, const ordered_json& rows,
+                Table&& table) {
+    if (format == "json") {
+        about[name] = rows;
+        std::cout << about.dump(1) << '\n';
+    } else if (format == "csv") {
+        print_csv(about, rows);
+    } else {
+        print_machine(about);
+        table();
+    }
+}
+
 }  // namespace
 
 machine describe_machine(const runner& r, bool with_limits) {
@@ -133,13 +148,7 @@ void print(const std::string& format, const options& o, const machine& m, const 
                         {"share_of_arithmetic", share(operations, most)},
                         {"samples", r.tokens_per_second}});
     }
-    if (format == "json") {
-        about["results"] = rows;
-        std::cout << about.dump(1) << '\n';
-    } else if (format == "csv") {
-        print_csv(about, rows);
-    } else {
-        print_machine(about);
+    print_rows(format, about, "results", rows, [&] {
         std::printf("%s: %.2f GiB, loaded in %.2f s\n\n", about["model"].get<std::string>().c_str(),
                     measured.bytes() / 0x1p30, load_seconds);
         std::printf("| test | depth | tok/s | | GB/s | of limit | Gop/s | of limit |\n");
@@ -151,7 +160,7 @@ void print(const std::string& format, const options& o, const machine& m, const 
                         text(r["share_of_reading"], "%.0f %%", 100).c_str(), r["gop_s"].get<double>(),
                         text(r["share_of_arithmetic"], "%.0f %%", 100).c_str());
         }
-    }
+    });
 }
 
 void print(const std::string& format, const options& o, const machine& m, const std::vector<operation>& operations) {
@@ -167,13 +176,7 @@ void print(const std::string& format, const options& o, const machine& m, const 
                         {"gop_s", rate > 0 ? ordered_json(rate / 1e9) : ordered_json()},
                         {"share_of_arithmetic", share(rate, most)}});
     }
-    if (format == "json") {
-        about["operations"] = rows;
-        std::cout << about.dump(1) << '\n';
-    } else if (format == "csv") {
-        print_csv(about, rows);
-    } else {
-        print_machine(about);
+    print_rows(format, about, "operations", rows, [&] {
         std::printf("\n| operation | µs | GB/s | of limit | Gop/s | of limit |\n|---|---:|---:|---:|---:|---:|\n");
         for (const auto& r : rows) {
             std::printf("| %s | %.0f | %.2f | %s | %s | %s |\n", r["operation"].get<std::string>().c_str(),
@@ -181,7 +184,7 @@ void print(const std::string& format, const options& o, const machine& m, const 
                         text(r["share_of_reading"], "%.0f %%", 100).c_str(), text(r["gop_s"], "%.1f").c_str(),
                         text(r["share_of_arithmetic"], "%.0f %%", 100).c_str());
         }
-    }
+    });
 }
 
 void print(const std::string& format, const options& o, const machine& m, const std::vector<comparison>& comparisons) {
@@ -196,13 +199,7 @@ void print(const std::string& format, const options& o, const machine& m, const 
                         {"other", c.other},
                         {"ratio", c.value / c.other}});
     }
-    if (format == "json") {
-        about["comparisons"] = rows;
-        std::cout << about.dump(1) << '\n';
-    } else if (format == "csv") {
-        print_csv(about, rows);
-    } else {
-        print_machine(about);
+    print_rows(format, about, "comparisons", rows, [&] {
         std::printf("\n| test | | beside | | ratio |\n|---|---:|---|---:|---:|\n");
         for (const auto& r : rows) {
             const std::string unit = " " + r["unit"].get<std::string>();
@@ -210,7 +207,7 @@ void print(const std::string& format, const options& o, const machine& m, const 
                         (text(r["value"], "%.4g") + unit).c_str(), r["beside"].get<std::string>().c_str(),
                         (text(r["other"], "%.4g") + unit).c_str(), text(r["ratio"], "%.3f").c_str());
         }
-    }
+    });
 }
 
 }  // namespace bench
