@@ -26,10 +26,13 @@
 #include <keel/keel.hpp>
 
 #include "catch.hpp"
+#include "sessions.hpp"
 #include "throws.hpp"
 
 using keel::errc;
 using keel::token;
+using keel::testing::agrees_with_fresh;
+using keel::testing::some_tokens;
 using keel::testing::throws;
 namespace fs = std::filesystem;
 
@@ -37,22 +40,8 @@ namespace {
 
 const std::string tiny = KEEL_TEST_DATA "/models/tiny-f32.gguf";
 
-std::vector<token> some_tokens(int n, int start = 0) {
-    std::vector<token> tokens;
-    for (int i = 0; i < n; ++i) tokens.push_back((start + i * 37) % 480);
-    return tokens;
-}
-
 keel::engine exact_engine(keel::index batch_rows = 64) {
     return keel::engine::open(tiny, {.precision = keel::precision::exact, .threads = 2, .batch_rows = batch_rows});
-}
-
-/// Whether the session gives the logits of a fresh one that is fed the same tokens.
-template <class Engine, class Session>
-bool agrees_with_fresh(const Engine& engine, Session& session) {
-    auto fresh = engine.start({.context = session.context(), .checkpoints = 0});
-    fresh.feed(session.tokens());
-    return std::ranges::equal(session.logits(), fresh.logits());
 }
 
 fs::path temporary(const std::string& name) { return fs::temp_directory_path() / ("keel-session-test-" + name); }

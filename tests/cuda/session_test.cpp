@@ -16,28 +16,18 @@
 
 #include "catch.hpp"
 #include "model/golden.hpp"
+#include "sessions.hpp"
 
 using namespace keel;
+using keel::testing::agrees_with_fresh;
+using keel::testing::some_tokens;
 
 namespace {
 
 const std::string tiny = KEEL_TEST_DATA "/models/tiny-f32.gguf";
 
-std::vector<token> some_tokens(int n, int start = 0) {
-    std::vector<token> tokens;
-    for (int i = 0; i < n; ++i) tokens.push_back((start + i * 37) % 480);
-    return tokens;
-}
-
 basic_engine<cuda> exact_engine() {
     return basic_engine<cuda>::open(tiny, {.precision = precision::exact, .batch_rows = 64});
-}
-
-template <class Session>
-void agrees_with_fresh(const basic_engine<cuda>& engine, Session& session) {
-    auto fresh = engine.start({.context = session.context(), .checkpoints = 0});
-    fresh.feed(session.tokens());
-    CHECK(std::ranges::equal(session.logits(), fresh.logits()));
 }
 
 }  // namespace
@@ -51,11 +41,11 @@ TEST_CASE("on the GPU a session goes back by replay with the bits of a fresh one
         const auto how = session.rewind(session.position() - back);
         if (back < 16) CHECK(how.computed <= 1);
         if (back == 7) CHECK(how.replayed > 0);
-        agrees_with_fresh(engine, session);
+        CHECK(agrees_with_fresh(engine, session));
         session.feed(some_tokens(30, static_cast<int>(back)));
     }
     session.rewind(150);
-    agrees_with_fresh(engine, session);
+    CHECK(agrees_with_fresh(engine, session));
 }
 
 TEST_CASE("on the GPU sessions with and without replays decode together with the bits of each alone") {
@@ -71,8 +61,8 @@ TEST_CASE("on the GPU sessions with and without replays decode together with the
         engine.step(both);
         if (i % 4 == 3) {
             kept.rewind(kept.position() - 2);
-            agrees_with_fresh(engine, kept);
-            agrees_with_fresh(engine, plain);
+            CHECK(agrees_with_fresh(engine, kept));
+            CHECK(agrees_with_fresh(engine, plain));
         }
     }
 }
