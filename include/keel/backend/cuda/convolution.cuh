@@ -7,6 +7,7 @@
 
 #include <keel/backend/cuda/device.cuh>
 #include <keel/backend/cuda/elementwise.cuh>
+#include <keel/backend/cuda/head_dim.hpp>
 
 namespace keel::cuda_kernels {
 
@@ -231,7 +232,7 @@ cudaError_t kda_inputs(const kda_inputs_args& a, cudaStream_t stream) {
         const auto with = [&]<int D>() {
             return cuda_kernels::start(cuda_kernels::kda_inputs_kernel<D, Taps>, grid, 128, 0, stream, a);
         };
-        return cuda_kernels::visit_head_dim(a.layout.head_dim, with);
+        return detail::visit_head_dim<32, 64, 128, 256>(a.layout.head_dim, with, cudaErrorInvalidValue);
     });
 }
 

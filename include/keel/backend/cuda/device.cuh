@@ -211,21 +211,4 @@ __device__ inline float inverse_rms_of(const float* x, int columns, float epsilo
     return 1.0f / sqrtf(block_sum(squares) / static_cast<float>(columns) + epsilon);
 }
 
-/// f.template operator()<D>() for the head dimensions that a layer's kernels are compiled for.
-template <class F>
-cudaError_t visit_head_dim(int head_dim, F&& f) {
-    switch (head_dim) {
-        case 32:
-            return f.template operator()<32>();
-        case 64:
-            return f.template operator()<64>();
-        case 128:
-            return f.template operator()<128>();
-        case 256:
-            return f.template operator()<256>();
-        default:
-            return cudaErrorInvalidValue;
-    }
-}
-
 }  // namespace keel::cuda_kernels

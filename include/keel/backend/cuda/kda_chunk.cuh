@@ -23,6 +23,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <keel/backend/cuda/head_dim.hpp>
 #include <keel/backend/cuda/launch_prefill.hpp>
 #include <keel/backend/cuda/mma.cuh>
 
@@ -529,21 +530,6 @@ cudaError_t kda_chunk(const kda_chunk_args& args, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-/// Calls f.template operator()<D>() for the head dimensions that there are kernels for.
-template <class F>
-auto visit_head_dim(int head_dim, F&& f, decltype(f.template operator()<32>()) otherwise) {
-    switch (head_dim) {
-        case 32:
-            return f.template operator()<32>();
-        case 64:
-            return f.template operator()<64>();
-        case 128:
-            return f.template operator()<128>();
-        default:
-            return otherwise;
-    }
-}
-
 }  // namespace detail
 
 inline std::size_t kda_chunk_bytes(int segment_count, int heads, int head_dim, int longest) {
@@ -551,11 +537,11 @@ inline std::size_t kda_chunk_bytes(int segment_count, int heads, int head_dim, i
     const auto of_dim = [&]<int D>() {
         return static_cast<std::size_t>(segment_count * heads) * chunks * sizeof(detail::kda_factors<D>);
     };
-    return detail::visit_head_dim(head_dim, of_dim, std::size_t{0});
+    return detail::visit_head_dim<32, 64, 128>(head_dim, of_dim, std::size_t{0});
 }
 
 inline cudaError_t kda_chunk(const kda_chunk_args& args, cudaStream_t stream) {
-    return detail::visit_head_dim(
+    return detail::visit_head_dim<32, 64, 128>(
         args.layout.head_dim, [&]<int D>() { return detail::kda_chunk<D>(args, stream); }, cudaErrorInvalidValue);
 }
 

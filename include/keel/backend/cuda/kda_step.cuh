@@ -6,6 +6,7 @@
 
 #include <keel/backend/cuda/device.cuh>
 #include <keel/backend/cuda/elementwise.cuh>
+#include <keel/backend/cuda/head_dim.hpp>
 
 namespace keel::cuda_kernels {
 
@@ -415,7 +416,7 @@ cudaError_t kda_step(const kda_args& a, cudaStream_t stream) {
     const auto with = [&]<int D>() {
         return start(kda_step_kernel<D>, grid_of(D / 32, a.layout.heads, a.segment_count), 256, 0, stream, a);
     };
-    return visit_head_dim(a.layout.head_dim, with);
+    return detail::visit_head_dim<32, 64, 128, 256>(a.layout.head_dim, with, cudaErrorInvalidValue);
 }
 
 cudaError_t kda_mix(const kda_mix_args& a, cudaStream_t stream) {
@@ -430,7 +431,7 @@ cudaError_t kda_mix(const kda_mix_args& a, cudaStream_t stream) {
         return start_clusters(kda_mix_kernel<D>, grid_of(blocks, a.layout.heads, a.segment_count),
                               clusters ? blocks : 0, 256, bytes, stream, a);
     };
-    return visit_head_dim(a.layout.head_dim, with);
+    return detail::visit_head_dim<32, 64, 128, 256>(a.layout.head_dim, with, cudaErrorInvalidValue);
 }
 
 }  // namespace keel::cuda_launch
