@@ -12,10 +12,13 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <keel/backend/cuda.hpp>
 #include <keel/model/executor.hpp>
+#include <keel/model/logits.hpp>
+#include <keel/sampler.hpp>
 
 namespace keel {
 namespace {
@@ -102,6 +105,9 @@ private:
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+/// What the host gets of a step.
+enum class answer { nothing, tokens, logits };
+
 struct options {
     index layers = 27, steps = 64, once = -1;
     precision arithmetic = precision::fast;
@@ -161,7 +167,7 @@ void run(const options& o) {
             for (std::size_t i = 0; i < prompt.size(); i += 2048) {
                 const job<cuda> next{
                     &state, std::span<const token>(prompt).subspan(i, std::min<std::size_t>(2048, prompt.size() - i))};
-                model.run({&next, 1}, 9000, [](cuda&, std::size_t, index, view<const float, 1>) {});
+                model.run({&next, 1}, 9000);
             }
             b.download(sync, some.data(), 4);
             best = std::min(best, seconds() - begin);
@@ -175,7 +181,7 @@ void run(const options& o) {
         std::vector<sequence_state<cuda>> states;
         for (index i = 0; i < sequences; ++i) {
             states.push_back(model.make_state());
-            static_cast<void>(states.back().extend(b, 0, depth + o.steps + 16));
+            static_cast<void>(states.back().extend(b, 0, depth + 2 * o.steps));
             std::vector<f16> rows(static_cast<std::size_t>(model.layout().block_bytes() / 2));
             for (std::size_t j = 0; j < rows.size(); ++j)
                 rows[j] = to_f16(static_cast<float>(j * 37 % 101) * 0.02f - 1);
@@ -184,38 +190,42 @@ void run(const options& o) {
             }
             states.back().advance(depth);
         }
-        std::vector<float> logits(static_cast<std::size_t>(c.vocabulary));
-        std::vector<token> next(static_cast<std::size_t>(sequences), 17);
-        const auto step = [&](bool fetch) {
+        std::vector<kept_logits<cuda>> logits(states.size());
+        std::vector<token> next(states.size(), 17);
+        sampler sample({.temperature = 0.7f, .top_k = 40});
+        const auto step = [&](answer wanted) {
             std::vector<job<cuda>> jobs;
             for (std::size_t i = 0; i < states.size(); ++i) {
                 next[i] = static_cast<token>((next[i] * 7919 + 13 + static_cast<token>(i)) % 160000);
-                jobs.push_back({&states[i], {&next[i], 1}});
+                jobs.push_back({.state = &states[i],
+                                .tokens = {&next[i], 1},
+                                .last = wanted == answer::nothing ? nullptr : &logits[i]});
             }
-            model.run(std::span<const job<cuda>>(jobs), depth + o.steps + 64,
-                      [&](cuda& on, std::size_t, index, view<const float, 1> row) {
-                          if (fetch) {
-                              on.download(reinterpret_cast<std::byte*>(logits.data()),
-                                          reinterpret_cast<const std::byte*>(row.data), row.size() * 4);
-                          }
-                      });
+            model.run(std::span<const job<cuda>>(jobs), depth + o.steps + 64);
+            if (wanted == answer::nothing) return;
+            for (auto& row : logits) {
+                if (wanted == answer::logits) static_cast<void>(row.values(model));
+                if (wanted == answer::tokens) static_cast<void>(row.draw(model, sample));
+            }
         };
         const index warm = o.once >= 0 ? 0 : 8;
-        for (index i = 0; i < warm; ++i) step(i == 0);
+        for (index i = 0; i < warm; ++i) step(i == 0 ? answer::logits : answer::nothing);
         double sum = 0;
-        for (const float x : logits) sum += static_cast<double>(x);
+        for (const float x : logits.front().values(model)) sum += static_cast<double>(x);
         if (warm > 0 && !(sum > -1e30 && sum < 1e30)) std::printf("logits are not finite\n");
-        for (const bool fetch : {false, true}) {
-            if (o.once >= 0 && fetch) continue;
+        constexpr std::pair<answer, const char*> ways[] = {
+            {answer::nothing, ""}, {answer::tokens, "with tokens"}, {answer::logits, "with logits"}};
+        for (const auto& [wanted, name] : ways) {
+            if (o.once >= 0 && wanted != answer::nothing) continue;
             b.download(sync, some.data(), 4);
             const double begin = seconds();
-            const index steps = o.once >= 0 ? 1 : fetch ? o.steps / 4 : o.steps / 2;
-            for (index i = 0; i < steps; ++i) step(fetch);
+            const index steps = o.once >= 0 ? 1 : wanted == answer::nothing ? o.steps / 2 : o.steps / 4;
+            for (index i = 0; i < steps; ++i) step(wanted);
             b.download(sync, some.data(), 4);
             const double each = (seconds() - begin) / static_cast<double>(steps);
             std::printf("%9ld %9ld %12.4f %12.1f %10.1f %7.1f%% %s\n", sequences, depth, each * 1e3,
                         static_cast<double>(sequences) / each, token_bytes / each * 1e-9, token_bytes / each / 4.63e10,
-                        fetch ? "with logits" : "");
+                        name);
         }
     }
 }

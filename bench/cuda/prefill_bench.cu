@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 //
-// Times of the kernels for many rows, with the shapes of Kimi-Linear-48B-A3B.
+// Times of the kernels for many rows, and of the recurrence's step for one row, with the shapes of Kimi-Linear-48B-A3B.
 //
 //   nvcc -std=c++20 -O3 -Iinclude -Itests/cuda -gencode arch=compute_90a,code=sm_90a bench/cuda/prefill_bench.cu
 #include <keel/backend/cuda/feed_forward.cuh>
 #include <keel/backend/cuda/flash.cuh>
 #include <keel/backend/cuda/kda_chunk.cuh>
+#include <keel/backend/cuda/kda_step.cuh>
 #include <keel/backend/cuda/products.cuh>
 
 #include "device_matrix.cuh"
@@ -45,6 +46,55 @@ void bench_kda(int sequences, int tokens, int side_by_side) {
     args.workspace = workspace.data(), args.workspace_bytes = workspace.size();
     const double all = milliseconds([&] { check(launch::kda_chunk(args, nullptr), "kda_chunk"); });
     std::printf("kda_chunk  B=%d T=%5d, %5d side by side: %.4f ms\n", sequences, tokens, side_by_side, all);
+}
+
+/// What one more step costs in a recorded chain of them; each layer has a state of its own, so that none is in a cache.
+void bench_kda_step(int sequences, double copy_rate) {
+    constexpr int heads = 32, dim = 128, layers = 64;
+    random_source random{6};
+    const std::size_t size = static_cast<std::size_t>(sequences) * heads * dim, state_size = heads * dim * dim;
+    const device_array<float> q(random.normals(size, 0.0883f)), k(random.normals(size, 0.0883f)),
+        v(random.normals(size));
+    const device_array<float> decay(std::vector<float>(size, -0.1f)), beta(std::vector<float>(size / dim, 0.5f)),
+        out(size);
+    const device_array<float> state(static_cast<std::size_t>(sequences) * layers * state_size);
+    check(cudaMemset(state.data(), 0, state.size() * sizeof(float)), "state");
+    std::vector<launch::segment> segments;
+    for (int s = 0; s < sequences; ++s) {
+        segments.push_back(
+            {0, reinterpret_cast<unsigned char*>(state.data() + s * layers * state_size), nullptr, s, 1});
+    }
+    const device_array<launch::segment> on_device(segments);
+    launch::kda_args args{q.data(), k.data(), v.data(), decay.data(), beta.data()};
+    args.q_row = args.k_row = args.v_row = args.decay_row = args.out_row = heads * dim;
+    args.q_head = args.k_head = args.v_head = args.decay_head = args.out_head = dim;
+    args.beta_row = heads, args.out = out.data(), args.segments = on_device.data(), args.segment_count = sequences;
+    args.layout.heads = heads, args.layout.head_dim = dim, args.layout.layer_floats = state_size;
+    const auto chain = [&](int steps) {
+        cudaStream_t stream = nullptr;
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t recorded = nullptr;
+        check(cudaStreamCreate(&stream), "stream");
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
+        for (args.layer = 0; args.layer < steps; ++args.layer) check(launch::kda_step(args, stream), "kda_step");
+        check(cudaStreamEndCapture(stream, &graph), "recording");
+        check(cudaGraphInstantiate(&recorded, graph, 0), "recording");
+        return milliseconds([&] { check(cudaGraphLaunch(recorded, nullptr), "steps"); });
+    };
+    const double ms = (chain(layers) - chain(layers / 2)) / (layers / 2);
+    const double bytes = 4.0 * static_cast<double>(sequences * 2 * state_size + 5 * size);
+    std::printf("kda_step   B=%d: %.2f us, %.0f GB/s, %.0f %% of a copy\n", sequences, ms * 1e3, bytes / ms * 1e-6,
+                100 * bytes / ms * 1e-6 / copy_rate);
+}
+
+/// GB/s that a copy reads and writes.
+double copy_rate() {
+    constexpr std::size_t bytes = std::size_t{1} << 30;
+    const device_array<unsigned char> from(bytes), to(bytes);
+    const double ms = milliseconds(
+        [&] { check(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, nullptr), "copy"); });
+    std::printf("copy       %.0f GB/s read and written\n", 2.0 * static_cast<double>(bytes) / ms * 1e-6);
+    return 2.0 * static_cast<double>(bytes) / ms * 1e-6;
 }
 
 /// One expert's blocks, or a few rows', repeated: random enough to multiply with, quick to make.
@@ -157,6 +207,10 @@ int main(int count, char** words) {
         bench_kda(1, 2048, 2048);
         bench_kda(1, 8192, 8192);
         bench_kda(8, 1024, 1024);
+    }
+    if (wanted("kda_step")) {
+        const double copy = copy_rate();
+        for (const int sequences : {1, 8, 64}) bench_kda_step(sequences, copy);
     }
     for (const int n : {2048, 8192}) {
         if (wanted("products")) {

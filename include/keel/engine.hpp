@@ -167,9 +167,7 @@ public:
             context = std::max(context, s->context_);
         }
         if (jobs.empty()) return 0;
-        model_->run.run(
-            std::span<const job<B>>(jobs), context,
-            [&](B& b, std::size_t i, index, view<const float, 1> from) { waiting[i]->read_logits(b, from); });
+        model_->run.run(jobs, context);
         for (std::size_t i = 0; i < jobs.size(); ++i) waiting[i]->finish(jobs[i]);
         return std::min(budget, model_->run.batch_rows()) - left;
     }

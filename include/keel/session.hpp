@@ -25,6 +25,7 @@
 #include <keel/io/snapshot.hpp>
 #include <keel/model/executor.hpp>
 #include <keel/model/history.hpp>
+#include <keel/model/logits.hpp>
 #include <keel/model/saved_sequence.hpp>
 #include <keel/model/state.hpp>
 #include <keel/text/tokenizer.hpp>
@@ -126,14 +127,15 @@ public:
     }
 
     /// Draws the next token and appends it, or answers nothing if it ends the generation; then nothing is appended.
-    /// `sample` is a keel::sampler or any function from logits to a token. Throws errc::capacity if the context is
+    /// `sample` is a keel::sampler or any function from logits to a token; on a GPU a sampler nearly always does with a
+    /// few of the logits (shortlist), and the others stay there. Throws errc::capacity if the context is
     /// full, and what `sample` throws.
     template <std::invocable<std::span<const float>> Sample>
     std::optional<token> next(Sample&& sample) {
         const detail::one_at_a_time::hold alone(in_use_);
         require_room(1);
         evaluate({});
-        const token drawn = sample(std::span<const float>(logits_));
+        const token drawn = logits_.draw(model_->run, sample);
         if (model_->text.is_end_of_generation(drawn)) return std::nullopt;
         tokens_.push_back(drawn);  // runs through the model when its logits are asked for
         return drawn;
@@ -144,7 +146,7 @@ public:
     [[nodiscard]] std::span<const float> logits() {
         const detail::one_at_a_time::hold alone(in_use_);
         evaluate({});
-        return logits_;
+        return logits_.values(model_->run);
     }
 
     /// Whether logits() is there without running the model.
@@ -195,7 +197,7 @@ public:
     void save(const std::filesystem::path& path) {
         const detail::one_at_a_time::hold alone(in_use_);
         save_sequence(path, model_->fingerprint, model_->run, tokens(), state_,
-                      logits_behind_ == state_.length() ? std::span<const float>(logits_) : std::span<const float>());
+                      logits_behind_ == state_.length() ? logits_.values(model_->run) : std::span<const float>());
     }
 
 private:
@@ -233,7 +235,7 @@ private:
         saved_sequence<B> saved = load_sequence(from, model_->fingerprint, model_->run);
         push(saved.tokens);
         state_ = std::move(saved.state);
-        set_logits(saved.logits.empty() ? nullptr : &saved.logits);
+        if (!saved.logits.empty()) set_logits(std::make_shared<kept_logits<B>>(std::move(saved.logits)));
         if (window_) window_->begin_at(copy_state());
     }
 
@@ -269,7 +271,7 @@ private:
 
     [[nodiscard]] state_copy<B> copy_state() const {
         return {state_.length(), std::make_shared<const typename B::buffer>(state_.recurrent()),
-                logits_behind_ == state_.length() ? std::make_shared<const std::vector<float>>(logits_) : nullptr};
+                logits_behind_ == state_.length() ? std::make_shared<const kept_logits<B>>(logits_) : nullptr};
     }
 
     void remember() {
@@ -291,10 +293,10 @@ private:
             keep = &*window_;
         }
         const auto part = tokens().subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(rows));
-        return {&state_, part, rows == left ? want::last : want::none, keep};
+        return {&state_, part, rows == left ? want::last : want::none, keep, &logits_};
     }
 
-    /// After a job has run. The logits of its last row, if there are any, are in logits_.
+    /// After a job has run.
     void finish(const job<B>& ran) {
         if (ran.logits != want::none) logits_behind_ = state_.length();
         if (window_ && ran.keep == nullptr) window_->begin_at(copy_state());
@@ -307,12 +309,6 @@ private:
         state.resume(*window_->start().recurrent, window_->start().length, 0);
         model_->run.replay(state, *window_, start - state.length(), context_);
         window_->begin_at({start, std::make_shared<const typename B::buffer>(state.recurrent()), nullptr});
-    }
-
-    void read_logits(B& b, view<const float, 1> from) {
-        logits_.resize(static_cast<std::size_t>(from.size()));
-        b.download(reinterpret_cast<std::byte*>(logits_.data()), reinterpret_cast<const std::byte*>(from.data),
-                   from.size() * index{sizeof(float)});
     }
 
     /// Runs the model over the tokens that it has not seen.
@@ -329,9 +325,11 @@ private:
                 const index done = state_.length();
                 job<B> next = next_job(model_->run.batch_rows());
                 if (options.each) next.logits = want::all;
+                std::vector<float> seen;
                 model_->run.run({&next, 1}, context_, [&](B& b, std::size_t, index row, view<const float, 1> from) {
-                    read_logits(b, from);
-                    if (options.each) options.each(done + row, logits_);
+                    if (!options.each) return;
+                    read_row(b, from, seen);
+                    options.each(done + row, seen);
                 });
                 finish(next);
             }
@@ -368,10 +366,10 @@ private:
                 replayed = wanted - start.length;
                 state_.resume(*start.recurrent, start.length, wanted);
                 model_->run.replay(state_, *window_, replayed, context_);
-                set_logits(start.length == wanted ? start.logits.get() : nullptr);
+                set_logits(start.length == wanted ? start.logits : nullptr);
             } else if (copy != nullptr) {
                 state_.resume(*copy->recurrent, copy->length, copy->length);
-                set_logits(copy->logits.get());
+                set_logits(copy->logits);
             } else {
                 state_ = model_->run.make_state();
                 set_logits(nullptr);
@@ -384,9 +382,9 @@ private:
     }
 
     /// The logits behind the state, or null if they are not known.
-    void set_logits(const std::vector<float>* logits) {
+    void set_logits(const std::shared_ptr<const kept_logits<B>>& logits) {
         logits_behind_ = logits == nullptr ? -1 : state_.length();
-        logits_ = logits == nullptr ? std::vector<float>{} : *logits;
+        logits_ = logits == nullptr ? kept_logits<B>{} : *logits;
     }
 
     std::shared_ptr<const detail::loaded_model<B>> model_;
@@ -394,7 +392,7 @@ private:
     index checkpoint_every_;
     std::vector<token> tokens_;  // the state holds all but perhaps the last ones
     sequence_state<B> state_;
-    std::vector<float> logits_;
+    kept_logits<B> logits_;
     index logits_behind_ = -1;  // the length of the state that logits_ belongs to
     state_history<B> history_;
     std::optional<replay_window<B>> window_;

@@ -18,6 +18,7 @@
 
 #include "backend/operands.hpp"
 #include "catch.hpp"
+#include "shortlist.hpp"
 
 namespace keel::testing {
 namespace {
@@ -331,6 +332,64 @@ TEST_CASE("rows are kept for replays where a sequence asks for it, as many as it
         if (ours[i].kept == nullptr) continue;
         CHECK(g.get(view<const float, 1>(ours[i].kept, std::ssize(kept[i].values))) == kept[i].values);
     }
+}
+
+TEST_CASE("shortlists of logits are what their definition says, whatever the logits") {
+    random_numbers random(13);
+    gpu g(precision::fast);
+    for (const auto& [n, vocabulary] : std::vector<std::array<index, 2>>{{1, 5}, {3, 300}, {2, 8192}, {70, 163'840}}) {
+        CAPTURE(n, vocabulary);
+        array logits = random.normal(n * vocabulary, 3.0f);
+        const auto row = [&](index i) {
+            return std::span(logits.as(n, vocabulary)[i].data, logits.as(n, vocabulary)[i].size());
+        };
+        for (index i = 0; i < n; i += 4) row(i)[static_cast<std::size_t>(i % 5)] = 90;  // far above all others
+        for (index i = 1; i < n; i += 4) std::ranges::fill(row(i), -1.5f);              // all the same
+        if (n > 2) {
+            for (std::size_t j = 0; j < row(2).size(); ++j)
+                row(2)[j] = j % 3 == 0 ? NAN : j % 3 == 1 ? -INFINITY : 1e30f;
+            std::ranges::fill(row(n - 1), NAN);
+        }
+        const auto there = g.put(logits.as(n, vocabulary));
+        array unset(n * static_cast<index>(sizeof(shortlist) / sizeof(float)));
+        const auto lists = g.put(unset.as(std::ssize(unset.values)));
+        const view<shortlist, 1> to(reinterpret_cast<shortlist*>(lists.data), n);
+        g.b.shortlist({there, to});
+        const auto made = g.get(to);
+        const auto by_id = [](shortlist list) {
+            std::ranges::sort(list.entries, list.entries + list.listed, {}, &shortlist::entry::id);
+            return list;
+        };
+        for (index i = 0; i < n; ++i) {
+            CAPTURE(i);
+            const shortlist expected = by_id(shortlist_of(row(i))), mine = by_id(made[static_cast<std::size_t>(i)]);
+            CHECK(mine.best == expected.best);
+            CHECK(mine.top == expected.top);
+            CHECK(mine.vocabulary == expected.vocabulary);
+            REQUIRE(mine.listed == expected.listed);
+            CHECK(std::ranges::equal(mine.others, expected.others));
+            CHECK(std::ranges::equal(std::span(mine.entries).first(static_cast<std::size_t>(mine.listed)),
+                                     std::span(expected.entries).first(static_cast<std::size_t>(mine.listed)),
+                                     [](auto a, auto b) { return a.id == b.id && a.logit == b.logit; }));
+        }
+    }
+}
+
+TEST_CASE("rows are scattered to where they are wanted, and nowhere else") {
+    random_numbers random(14);
+    gpu g(precision::exact);
+    const index n = 130, columns = 5000;
+    array x = random.normal(n * columns), before = random.normal(n * columns);
+    const auto mx = g.put(x.as(n, columns)), to = g.put(before.as(n, columns));
+    std::vector<float*> rows;
+    auto expected = before;
+    for (index i = 0; i < n; ++i) {
+        rows.push_back(i % 3 == 1 ? nullptr : to[n - 1 - i].data);
+        if (rows.back() != nullptr)
+            std::ranges::copy_n(x.as(n, columns)[i].data, columns, expected.as(n, columns)[n - 1 - i].data);
+    }
+    g.b.scatter({mx, rows});
+    CHECK(g.get(to) == expected.values);
 }
 
 TEST_CASE("the recurrence: several sequences, gates down to -40, the same bits every time") {

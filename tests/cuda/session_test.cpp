@@ -67,6 +67,45 @@ TEST_CASE("on the GPU sessions with and without replays decode together with the
     }
 }
 
+TEST_CASE("on the GPU a sampler draws from shortlists what it draws from all logits, alone, forked and in a batch") {
+    const auto engine = basic_engine<cuda>::open(KEEL_DEMO_MODEL, {.batch_rows = 64});
+    auto first = engine.start({.context = 300});
+    first.feed(engine.tokenize("Once upon a time there was"));
+    const sampler_options settings[] = {{.temperature = 0},
+                                        {.seed = 1},
+                                        {.temperature = 0.7f, .top_k = 40},
+                                        {.top_p = 0.9f, .seed = 3},
+                                        {.min_p = 0.1f}};
+    std::vector<basic_session<cuda>> listed(std::size(settings), first), whole(std::size(settings), first);
+    std::vector<sampler> from_lists(std::begin(settings), std::end(settings)), from_rows = from_lists;
+    for (int i = 0; i < 40; ++i) {
+        std::vector<basic_session<cuda>*> all;
+        for (std::size_t s = 0; s < listed.size(); ++s) {
+            const auto drawn = listed[s].next(from_lists[s]);
+            CHECK(drawn == whole[s].next([&](std::span<const float> logits) { return from_rows[s](logits); }));
+            all.insert(all.end(), {&listed[s], &whole[s]});
+        }
+        engine.step(all);
+        CHECK(std::ranges::equal(listed[1].logits(), whole[1].logits()));
+    }
+    // Copies, and going back to a checkpoint, keep the logits: other tokens come from the same ones.
+    auto& session = listed[2];
+    session.checkpoint();
+    const std::vector<float> logits(session.logits().begin(), session.logits().end());
+    const auto position = session.position();
+    auto fork = session;
+    const sampler again({.temperature = 1.2f, .seed = 9});
+    auto a = again, b = again, c = again;
+    const auto token_of_fork = fork.next(a);
+    CHECK(session.next(b) == token_of_fork);
+    session.feed(some_tokens(20));
+    session.rewind(position);
+    CHECK(session.ready());
+    CHECK(session.next(c) == token_of_fork);
+    CHECK(fork.rewind(position).computed == 0);
+    CHECK(std::ranges::equal(fork.logits(), logits));
+}
+
 TEST_CASE("the GPU and the CPU agree over 2000 tokens of the demonstration model", "[long]") {
     std::vector<token> text;
     {

@@ -119,7 +119,7 @@ void imatrix(const imatrix_options& options) {
         chunk.resize(std::min(chunk.size(), length));
         auto state = run.make_state();
         const keel::job<collecting> work{&state, chunk, keel::want::all};
-        run.run({&work, 1}, options.context, [](auto&&...) {});
+        run.run({&work, 1}, options.context);
     }
     keel::report(adapt(options.model.tell), "imatrix", chunks, chunks);
     device->seen.save(options.out, options.force ? keel::existing_file::replace : keel::existing_file::keep,

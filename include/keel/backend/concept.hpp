@@ -23,6 +23,7 @@
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/quant.hpp>
+#include <keel/core/shortlist.hpp>
 #include <keel/core/token.hpp>
 #include <keel/core/view.hpp>
 
@@ -56,6 +57,7 @@ struct workspace_limits {
     index mla_key = 0;       ///< N + P
     index mla_value = 0;     ///< V
     index context = 0;       ///< positions of the longest sequence
+    index vocabulary = 0;
 };
 
 /// One of several products with the same input: out = W x, or out += W x.
@@ -231,6 +233,18 @@ struct gather_args {
     view<float, 2> out;
 };
 
+/// rows[i] = x[i], where rows[i] is not null.
+struct scatter_args {
+    view<const float, 2> x;
+    std::span<float* const> rows;  // in host memory, of pointers to (columns) each
+};
+
+/// lists[i] is the shortlist of logits[i].
+struct shortlist_args {
+    view<const float, 2> logits;  // (n, vocabulary)
+    view<shortlist, 1> lists;     // (n)
+};
+
 /// A backend instance executes one batch at a time: it holds the workspace, and a share in the device (threads, a GPU).
 /// Operations may be asynchronous; download() waits. Weights, buffers and the device are shared between instances
 /// freely.
@@ -241,6 +255,7 @@ struct gather_args {
 ///   kda_mix(kda_mix_args), mixes(batch)       a KDA layer behind its first products, and for which batches
 ///   moe(moe_args)                             a sparse layer, from its norm on
 ///   keep(keep_args)                           keeping rows, which rewinding by replay needs
+///   shortlist(shortlist_args), scatter(scatter_args)   leaving logits where they are until a sampler needs them all
 ///   record_bytes(type, columns)               bytes that it repacks a row of a quantised matrix to
 ///   graph(batch, pass)                        runs pass(), or replays a recording of it
 ///   enter_layer(i)                            is told which layer the next operations belong to

@@ -31,6 +31,7 @@
 #include <keel/core/compiler.hpp>
 #include <keel/core/error.hpp>
 #include <keel/core/quant.hpp>
+#include <keel/core/shortlist.hpp>
 #include <keel/core/view.hpp>
 
 namespace keel::inline KEEL_ABI {
@@ -57,7 +58,9 @@ public:
                             static_cast<index>(sizeof(float));
         const index mixed = l.rows * l.heads * (l.head_dim + l.head_dim / 32) * static_cast<index>(sizeof(float));
         const index routed = l.rows * (l.experts + 2 * l.chosen + l.columns / 2) * static_cast<index>(sizeof(float));
-        return hidden + mixed + edges + routed + partial + many + 16 * arena::alignment;
+        const index counted = std::min(l.rows, shortlist_rows) * cuda_launch::shortlist_parts(number(l.vocabulary)) *
+                              (keel::shortlist::bins + 1) * static_cast<index>(sizeof(float));
+        return hidden + mixed + edges + routed + partial + many + counted + 16 * arena::alignment;
     }
 
     [[nodiscard]] index prefill_from() const {
@@ -417,7 +420,35 @@ public:
                                            stream()));
     }
 
+    void scatter(const scatter_args& a) {
+        cuda_launch::scatter_args to{a.x.data, a.x.stride[0], {}, 0, number(a.x.extent[1])};
+        for (std::size_t done = 0; done < a.rows.size(); done += cuda_launch::scatter_args::most) {
+            const auto part = a.rows.subspan(done, std::min<std::size_t>(a.rows.size() - done, to.most));
+            std::ranges::copy(part, to.to);
+            to.rows = number(std::ssize(part));
+            call("scatter", cuda_launch::scatter(to, stream()));
+            to.x += std::ssize(part) * to.x_row;
+        }
+    }
+
+    void shortlist(const shortlist_args& a) {
+        const int columns = number(a.logits.extent[1]), parts = cuda_launch::shortlist_parts(columns);
+        for (index done = 0, n = 0; done < a.logits.extent[0]; done += n) {
+            n = std::min(a.logits.extent[0] - done, shortlist_rows);
+            const arena::scope scope(workspace());
+            const auto best = workspace().take<float>(n, parts);
+            const auto counts = workspace().take<unsigned>(n, parts, keel::shortlist::bins);
+            call("shortlist",
+                 cuda_launch::shortlist({a.logits[done].data, a.logits.stride[0], number(n), columns,
+                                         reinterpret_cast<unsigned char*>(&a.lists[done]), best.data, counts.data},
+                                        stream()));
+        }
+    }
+
 private:
+    /// Shortlists that are made at once.
+    static constexpr index shortlist_rows = 64;
+
     /// Most blocks of a split attention, for a group of heads.
     static constexpr index attend_blocks = 256;
     static constexpr index exact_splits = 8;

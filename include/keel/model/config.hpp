@@ -83,7 +83,8 @@ struct config {
             .latent_rank = latent_rank,
             .mla_key = own_dim + position_dim,
             .mla_value = value_dim,
-            .context = context_length};
+            .context = context_length,
+            .vocabulary = vocabulary};
     }
 };
 

@@ -20,6 +20,7 @@
 #include <keel/model/forward.hpp>
 #include <keel/model/history.hpp>
 #include <keel/model/kda.hpp>
+#include <keel/model/logits.hpp>
 #include <keel/model/plan.hpp>
 #include <keel/model/state.hpp>
 #include <keel/model/weights.hpp>
@@ -36,6 +37,7 @@ struct job {
     std::span<const token> tokens;
     want logits = want::last;
     const replay_window<B>* keep = nullptr;  ///< where the rows are kept for replays
+    kept_logits<B>* last = nullptr;          ///< where the logits of the last row are kept, if they are wanted
 };
 
 /// A loaded model, ready to run batches. Threads may share it: every run borrows a backend instance of its own, of
@@ -64,9 +66,14 @@ public:
     /// Makes sure that a run with sequences of up to `context` tokens will not have to allocate its workspace.
     void prepare(index context) const { const borrowed b(*this, context); }
 
-    /// Advances each job's sequence by its tokens, at most batch_rows() in all, and calls
-    /// deliver(backend, job index, row of the job, logits (vocabulary) in backend memory) for the rows that are wanted.
-    /// `context` bounds the length of the sequences afterwards.
+    /// Advances each job's sequence by its tokens, at most batch_rows() in all. `context` bounds the length of the
+    /// sequences afterwards.
+    void run(std::span<const job<B>> jobs, index context) const {
+        run(jobs, context, [](B&, std::size_t, index, view<const float, 1>) {});
+    }
+
+    /// The same, and calls deliver(backend, job index, row of the job, logits (vocabulary) in backend memory) for the
+    /// rows that are wanted.
     template <class Deliver>
     void run(std::span<const job<B>> jobs, index context, Deliver&& deliver) const {
         borrowed borrow(*this, context);
@@ -85,7 +92,8 @@ public:
         std::vector<token> tokens;
         std::vector<segment> segments;
         std::vector<index> wanted;
-        std::vector<origin> origins;  // of the wanted rows
+        std::vector<origin> origins;           // of the wanted rows
+        std::vector<kept_logits<B>*> kept_by;  // and who keeps them
         for (const std::size_t j : order) {
             const index first = static_cast<index>(tokens.size());
             const index rows = static_cast<index>(jobs[j].tokens.size());
@@ -99,6 +107,7 @@ public:
             for (index r = from; r < rows; ++r) {
                 wanted.push_back(first + r);
                 origins.push_back({j, r});
+                kept_by.push_back(r == rows - 1 ? jobs[j].last : nullptr);
             }
         }
         const memory_layout layout = this->layout();
@@ -107,14 +116,14 @@ public:
 
         struct result {
             view<float, 2> hidden;  // (n, hidden)
-            view<float, 2> logits;  // of the first of these, at most logits_rows
+            projected out;          // of the first of these, at most logits_rows
         };
         const auto pass = [&]() -> result {
             const auto hidden = forward(b, shape_, weights_, rows);
             const index count = std::min(n, logits_rows);
-            const auto logits = b.workspace().template take<float>(count, shape_.vocabulary);
-            project_logits(b, weights_, hidden.rows(0, count), logits);
-            return {hidden, logits};
+            const auto out = take_projected<B>(b.workspace(), count, shape_.vocabulary);
+            project_logits(b, weights_, hidden.rows(0, count), out);
+            return {hidden, out};
         };
         result done;
         if constexpr (requires { b.graph(rows, pass); }) {
@@ -124,14 +133,16 @@ public:
         }
         for (const job<B>& j : jobs) j.state->advance(static_cast<index>(j.tokens.size()));
 
-        for (index r = 0; r < n; ++r) {
-            const index in_group = r % logits_rows;
-            if (r > 0 && in_group == 0) {
-                const index count = std::min(n - r, logits_rows);
-                project_logits(b, weights_, done.hidden.rows(r, count), done.logits.rows(0, count));
+        for (index r = 0; r < n; r += logits_rows) {
+            const index count = std::min(n - r, logits_rows);
+            const projected out = done.out.first(count);
+            if (r > 0) project_logits(b, weights_, done.hidden.rows(r, count), out);
+            const auto first = static_cast<std::size_t>(r);
+            kept_logits<B>::keep(b, out, std::span(kept_by).subspan(first, static_cast<std::size_t>(count)));
+            for (index i = 0; i < count; ++i) {
+                const origin& from = origins[first + static_cast<std::size_t>(i)];
+                deliver(b, from.job, from.row, view<const float, 1>(out.logits[i]));
             }
-            const origin& from = origins[static_cast<std::size_t>(r)];
-            deliver(b, from.job, from.row, view<const float, 1>(done.logits[in_group]));
         }
     }
 

@@ -9,6 +9,7 @@
 #include <keel/core/view.hpp>
 #include <keel/model/config.hpp>
 #include <keel/model/kda.hpp>
+#include <keel/model/logits.hpp>
 #include <keel/model/mla.hpp>
 #include <keel/model/moe.hpp>
 #include <keel/model/weights.hpp>
@@ -44,10 +45,11 @@ view<float, 2> forward(B& b, const config& c, const weights<B>& w, const batch& 
     return wanted;
 }
 
-/// Rows of forward() to logits, (n, vocabulary).
+/// Rows of forward() to logits.
 template <backend B>
-void project_logits(B& b, const weights<B>& w, view<const float, 2> hidden, view<float, 2> logits) {
-    b.matmul(hidden, {{w.output, logits}});
+void project_logits(B& b, const weights<B>& w, view<const float, 2> hidden, const projected& out) {
+    b.matmul(hidden, {{w.output, out.logits}});
+    if constexpr (makes_shortlists<B>) b.shortlist({out.logits, out.lists});
 }
 
 }  // namespace keel::inline KEEL_ABI

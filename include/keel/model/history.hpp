@@ -15,6 +15,7 @@
 #include <keel/backend/concept.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/view.hpp>
+#include <keel/model/logits.hpp>
 #include <keel/model/state.hpp>
 
 namespace keel::inline KEEL_ABI {
@@ -24,7 +25,7 @@ template <backend B>
 struct state_copy {
     index length = 0;
     std::shared_ptr<const typename B::buffer> recurrent;
-    std::shared_ptr<const std::vector<float>> logits;  // behind that length, or null
+    std::shared_ptr<const kept_logits<B>> logits;  // behind that length, or null
 };
 
 /// A bounded number of copies, thinned so that they lie the denser the nearer they are to the end: to go back by n

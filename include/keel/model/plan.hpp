@@ -20,6 +20,7 @@
 #include <keel/model/config.hpp>
 #include <keel/model/forward.hpp>
 #include <keel/model/history.hpp>
+#include <keel/model/logits.hpp>
 #include <keel/model/weights.hpp>
 
 namespace keel::inline KEEL_ABI {
@@ -102,8 +103,8 @@ index workspace_bytes(const config& c, const backend_options& options, index row
     std::vector<segment> segments{{.first_row = 0, .rows = 1}};
     if (rows > 1) segments.push_back({.first_row = 1, .rows = std::max<index>(rows - 1, 2)});
     const auto hidden = forward(counter, c, nothing, {tokens, segments, wanted, &layout});
-    const auto logits = counter.workspace().take<float>(std::min(rows, logits_rows), c.vocabulary);
-    project_logits(counter, nothing, hidden, logits);
+    const auto out = take_projected<B>(counter.workspace(), std::min(rows, logits_rows), c.vocabulary);
+    project_logits(counter, nothing, hidden, out);
     return counter.workspace().peak() + B::scratch_bytes(c.limits(rows, context), options);
 }
 

@@ -90,6 +90,15 @@ __global__ void gather_kernel(const __grid_constant__ launch::gather_args a) {
     if (i < a.columns) a.out[blockIdx.x * a.out_row + i] = a.x[a.which[blockIdx.x] * a.x_row + i];
 }
 
+__global__ void scatter_kernel(const __grid_constant__ launch::scatter_args a) {
+    wait_for_previous();
+    float* to = a.to[blockIdx.x];
+    if (to == nullptr) return;
+    const float* x = a.x + blockIdx.x * a.x_row;
+#pragma unroll 4
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < a.columns; i += gridDim.y * blockDim.x) to[i] = x[i];
+}
+
 }  // namespace keel::cuda_kernels
 
 namespace keel::cuda_launch {
@@ -128,6 +137,11 @@ cudaError_t add(const add_args& a, cudaStream_t stream) {
 
 cudaError_t gather(const gather_args& a, cudaStream_t stream) {
     return cuda_kernels::start(cuda_kernels::gather_kernel, grid_of(a.rows, cuda_kernels::ceil_div(a.columns, 256)),
+                               256, 0, stream, a);
+}
+
+cudaError_t scatter(const scatter_args& a, cudaStream_t stream) {
+    return cuda_kernels::start(cuda_kernels::scatter_kernel, grid_of(a.rows, cuda_kernels::ceil_div(a.columns, 2048)),
                                256, 0, stream, a);
 }
 

@@ -15,6 +15,7 @@
 #include <keel/backend/cuda/matvec.cuh>
 #include <keel/backend/cuda/products.cuh>
 #include <keel/backend/cuda/repack.cuh>
+#include <keel/backend/cuda/shortlist.cuh>
 
 namespace keel::cuda_launch {
 

@@ -351,4 +351,28 @@ struct gather_args {
 };
 cudaError_t gather(const gather_args&, cudaStream_t);
 
+/// *to[i] = row i of x, where to[i] is not null.
+struct scatter_args {
+    static constexpr int most = 64;
+    const float* x;
+    long long x_row;
+    float* to[most];
+    int rows, columns;
+};
+cudaError_t scatter(const scatter_args&, cudaStream_t);
+
+/// keel::shortlist of each row. `best` and `counts` hold results of parts of rows meanwhile: (rows, parts) and (rows,
+/// parts, shortlist::bins).
+inline constexpr int shortlist_part = 8192;
+constexpr int shortlist_parts(int columns) { return (columns + shortlist_part - 1) / shortlist_part; }
+struct shortlist_args {
+    const float* logits;
+    long long logits_row;
+    int rows, columns;
+    unsigned char* lists;  ///< keel::shortlist [rows]
+    float* best;
+    unsigned* counts;
+};
+cudaError_t shortlist(const shortlist_args&, cudaStream_t);
+
 }  // namespace keel::cuda_launch
