@@ -29,41 +29,26 @@ template <class Grid, class F>
 void encode_scaled(const tile<32>& t, const sweep& positions, const float* from, index blocks, F&& f) {
     const lanes scale = fit_scale<Grid>(t, positions);
     lanes_of<f16> d;
-    lanes inverse;
-    for (int l = 0; l < lane_count; ++l) {
-        d[l] = to_scale(scale[l] * t.unit[l]);
-        inverse[l] = reciprocal(to_float(d[l]));
-    }
+    for (int l = 0; l < lane_count; ++l) d[l] = to_scale(scale[l] * t.unit[l]);
     for (int b = 0; b < blocks; ++b) {
         std::uint8_t codes[32];
-        write_codes<Grid>(from + 32 * b, 32, inverse[b], 0.0f, codes);
+        write_codes<Grid>(from + 32 * b, 32, reciprocal(to_float(d[b])), 0.0f, codes);
         f(b, d[b], codes);
     }
 }
 
 /// The same for a scale and a minimum. Who brings importance gets the longer search.
 template <int high, class F>
-void encode_affine(tile<32>& t, const sweep& positions, const float* from, index blocks, F&& f) {
-    lanes low;  // taken away first: a large common offset would drown the differences
-    low.fill(1.0f);
-    for (const auto& x : t.x) {
-        for (int l = 0; l < lane_count; ++l) low[l] = select(greater(low[l], x[l]), x[l], low[l]);
-    }
-    for (auto& x : t.x) {
-        for (int l = 0; l < lane_count; ++l) x[l] -= low[l];
-    }
+void encode_affine(const tile<32>& t, const sweep& positions, const float* from, index blocks, F&& f) {
     const affine fit = fit_affine<high, false>(t, positions, t.weighted);
     lanes_of<f16> d, m;
-    lanes inverse, minimum;
     for (int l = 0; l < lane_count; ++l) {
         d[l] = to_scale(fit.scale[l] * t.unit[l]);
-        m[l] = to_scale((fit.minimum[l] + low[l]) * t.unit[l]);
-        inverse[l] = reciprocal(to_float(d[l]));
-        minimum[l] = to_float(m[l]);
+        m[l] = to_scale(fit.minimum[l] * t.unit[l] + t.origin[l]);
     }
     for (int b = 0; b < blocks; ++b) {
         std::uint8_t codes[32];
-        write_codes<integers<0, high>>(from + 32 * b, 32, inverse[b], minimum[b], codes);
+        write_codes<integers<0, high>>(from + 32 * b, 32, reciprocal(to_float(d[b])), to_float(m[b]), codes);
         f(b, d[b], m[b], codes);
     }
 }
@@ -86,14 +71,14 @@ inline void encode(const tile<32>& t, const float* from, block_q8_0* to, index b
 }
 
 inline void encode(const tile<32>& t, const float* from, block_q4_0* to, index blocks) {
-    encode_scaled<integers<-8, 7>>(t, {-7.3f, -8.7f, 4}, from, blocks, [&](int b, f16 d, const auto& codes) {
+    encode_scaled<integers<-8, 7>>(t, {-7.3f, -8.5f, 3}, from, blocks, [&](int b, f16 d, const auto& codes) {
         to[b].d.set(d);
         pack_nibbles(codes, codes + 16, 16, to[b].qs);
     });
 }
 
 inline void encode(const tile<32>& t, const float* from, block_q5_0* to, index blocks) {
-    encode_scaled<integers<-16, 15>>(t, {-14.5f, -16.5f, 6}, from, blocks, [&](int b, f16 d, const auto& codes) {
+    encode_scaled<integers<-16, 15>>(t, {-14.8f, -16.4f, 4}, from, blocks, [&](int b, f16 d, const auto& codes) {
         to[b].d.set(d);
         to[b].qh.set(fifth_bits(codes));
         pack_nibbles(codes, codes + 16, 16, to[b].qs);
@@ -107,16 +92,16 @@ inline void encode(const tile<32>& t, const float* from, block_iq4_nl* to, index
     });
 }
 
-inline void encode(tile<32>& t, const float* from, block_q4_1* to, index blocks) {
-    encode_affine<15>(t, {14.8f, 16.2f, 3}, from, blocks, [&](int b, f16 d, f16 m, const auto& codes) {
+inline void encode(const tile<32>& t, const float* from, block_q4_1* to, index blocks) {
+    encode_affine<15>(t, {14.4f, 15.4f, 2}, from, blocks, [&](int b, f16 d, f16 m, const auto& codes) {
         to[b].d.set(d);
         to[b].m.set(m);
         pack_nibbles(codes, codes + 16, 16, to[b].qs);
     });
 }
 
-inline void encode(tile<32>& t, const float* from, block_q5_1* to, index blocks) {
-    encode_affine<31>(t, {30.0f, 32.0f, 3}, from, blocks, [&](int b, f16 d, f16 m, const auto& codes) {
+inline void encode(const tile<32>& t, const float* from, block_q5_1* to, index blocks) {
+    encode_affine<31>(t, {30.4f, 31.4f, 2}, from, blocks, [&](int b, f16 d, f16 m, const auto& codes) {
         to[b].d.set(d);
         to[b].m.set(m);
         to[b].qh.set(fifth_bits(codes));
@@ -172,6 +157,14 @@ inline constexpr int group_size<block_q3_k> = 16;
 template <>
 inline constexpr int group_size<block_q6_k> = 16;
 
+/// A large common offset would drown the differences, so that it is taken away first.
+template <class Block>
+inline constexpr bool from_least = false;
+template <>
+inline constexpr bool from_least<block_q4_1> = true;
+template <>
+inline constexpr bool from_least<block_q5_1> = true;
+
 /// The importance of columns of mean 1, and a little for those that have none.
 template <int N>
 void load_importance(tile<N>& t, const float* importance, float inverse_mean, index columns) {
@@ -193,12 +186,10 @@ void encode_blocks(const float* from, Block* to, index blocks, const float* impo
     if (importance) {
         const index columns = blocks * Block::elements;
         for (index i = 0; i < columns; ++i) mean += static_cast<double>(importance[i]) / static_cast<double>(columns);
-    } else {
-        for (auto& w : t.w) std::fill(std::begin(w), std::end(w), 1.0f);
     }
     for (index b = 0; b < blocks; b += blocks_per_tile) {
         const index present = std::min(blocks_per_tile, blocks - b), column = b * Block::elements;
-        load(t, from + column, Block::elements, present);
+        load<from_least<Block>>(t, from + column, Block::elements, present);
         if (importance) {
             const float inverse_mean = mean > 1e-30 ? static_cast<float>(1.0 / mean) : 0.0f;
             load_importance(t, importance + column, inverse_mean, present * Block::elements);

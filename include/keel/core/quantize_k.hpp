@@ -116,13 +116,7 @@ stepped_affine fit_stepped_affine(const tile<N>& t, const sweep& positions) {
         }
     });
 
-    lanes sum_w = {}, sum_x = {};
-    for (int i = 0; i < N; ++i) {
-        for (int l = 0; l < lane_count; ++l) {
-            sum_w[l] += t.w[i][l];
-            sum_x[l] += t.w[i][l] * t.x[i][l];
-        }
-    }
+    const moments sum = total(t);
     lanes best, q = {}, qq = {}, qx = {};
     best.fill(-std::numeric_limits<float>::infinity());
     for (int c = 0; c < 9; ++c) {
@@ -140,7 +134,7 @@ stepped_affine fit_stepped_affine(const tile<N>& t, const sweep& positions) {
         const affine_sums a = tally<integers<0, high>>(t, inverse, offset);
         for (int l = 0; l < lane_count; ++l) {
             const float explained = d[l] * (2.0f * (a.qx[l] - low[l] * a.q[l]) - d[l] * a.qq[l]) +
-                                    low[l] * (2.0f * sum_x[l] - low[l] * sum_w[l]);
+                                    low[l] * (2.0f * sum.x[l] - low[l] * sum.w[l]);
             const std::uint32_t better = greater(explained, best[l]);
             best[l] = select(better, explained, best[l]);
             scale.factor[l] = select(better, s[l], scale.factor[l]);
@@ -157,9 +151,9 @@ stepped_affine fit_stepped_affine(const tile<N>& t, const sweep& positions) {
             const float s = scale.factor[l], m = minimum.factor[l];
             sq_sq += s * s * qq[l];
             sq_m += s * m * q[l];
-            m_m += m * m * sum_w[l];
+            m_m += m * m * sum.w[l];
             sq_x += s * qx[l];
-            m_x += m * sum_x[l];
+            m_x += m * sum.x[l];
         }
         const float determinant = sq_sq * m_m - sq_m * sq_m;
         if (determinant <= 1e-6f * sq_sq * m_m) return;  // not well determined: the steps stay
@@ -228,7 +222,7 @@ void for_each_encoded(const float* from, index blocks, Scale&& scale, Minimum&& 
 inline float no_minimum(int) { return 0.0f; }
 
 inline void encode(const tile<16>& t, const float* from, block_q2_k* to, index blocks) {
-    const stepped_affine fit = fit_stepped_affine<3, 15>(t, {2.5f, 4.0f, 8});
+    const stepped_affine fit = fit_stepped_affine<3, 15>(t, {2.4f, 3.4f, 8});
     const auto minimum = [&](int l) { return -fit.minimum(l); };
     for_each_encoded<integers<0, 3>, 16>(from, blocks, fit.scale, minimum, [&](index b, int first, const auto& codes) {
         for (int k = 0; k < 16; ++k) {
@@ -259,7 +253,7 @@ inline void encode(const tile<16>& t, const float* from, block_q3_k* to, index b
 }
 
 inline void encode(const tile<32>& t, const float* from, block_q4_k* to, index blocks) {
-    const stepped_affine fit = fit_stepped_affine<15, 63>(t, {14.0f, 16.0f, 8});
+    const stepped_affine fit = fit_stepped_affine<15, 63>(t, {14.0f, 15.4f, 8});
     const auto minimum = [&](int l) { return -fit.minimum(l); };
     for_each_encoded<integers<0, 15>, 32>(from, blocks, fit.scale, minimum, [&](index b, int first, const auto& codes) {
         to[b].d.set(to_f16(fit.scale.step[first]));
@@ -270,7 +264,7 @@ inline void encode(const tile<32>& t, const float* from, block_q4_k* to, index b
 }
 
 inline void encode(const tile<32>& t, const float* from, block_q5_k* to, index blocks) {
-    const stepped_affine fit = fit_stepped_affine<31, 63>(t, {30.0f, 33.0f, 8});
+    const stepped_affine fit = fit_stepped_affine<31, 63>(t, {30.0f, 31.4f, 8});
     const auto minimum = [&](int l) { return -fit.minimum(l); };
     for_each_encoded<integers<0, 31>, 32>(from, blocks, fit.scale, minimum, [&](index b, int first, const auto& codes) {
         to[b].d.set(to_f16(fit.scale.step[first]));

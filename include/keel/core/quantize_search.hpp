@@ -37,13 +37,15 @@ struct lanes_of {
 };
 using lanes = lanes_of<float>;
 
-/// 32 groups of N elements. Element i of the group in lane l is x[i][l] times unit[l].
+/// 32 groups of N elements. Element i of the group in lane l is origin[l] + x[i][l] times unit[l].
 template <int N>
 struct tile {
-    float x[N][lane_count];  ///< in [-1, 1]
-    float w[N][lane_count];  ///< importance, positive
-    bool weighted = false;   ///< w is not 1 everywhere
-    lanes unit;              ///< the largest magnitude of the block that the group is part of; NaN if one is not finite
+    float x[N][lane_count];  ///< in [-1, 1], or in [0, 2] where the least element is the origin
+    float w[N][lane_count];  ///< importance, positive; set if weighted, and otherwise 1
+    bool weighted = false;
+    lanes low, high;  ///< the least and the greatest x
+    lanes unit;       ///< the largest magnitude of the block that the group is part of; NaN if one is not finite
+    lanes origin;     ///< 0, or the least element of the group
 };
 
 /// Blocks whose elements are all smaller than this are encoded as zeros: their scale would be zero in f16 anyway.
@@ -59,45 +61,72 @@ inline float largest_magnitude(const float* x, int n) {
     return largest < 0x7F800000u ? std::bit_cast<float>(largest) : std::numeric_limits<float>::quiet_NaN();
 }
 
-/// Fills the tile with `blocks` blocks of `elements` elements; lanes without a group, and blocks that are too small or
-/// not finite, get zeros.
-template <int N>
+/// All ones if a > b, otherwise zero. Choosing with masks keeps branches, which hinder vectorising, out of the loops.
+inline std::uint32_t greater(float a, float b) { return a > b ? ~0u : 0u; }
+
+inline float select(std::uint32_t mask, float yes, float no) {
+    return std::bit_cast<float>((std::bit_cast<std::uint32_t>(yes) & mask) |
+                                (std::bit_cast<std::uint32_t>(no) & ~mask));
+}
+
+/// The bits of floats as integers of the same order; and back again.
+inline std::int32_t in_order(std::int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
+
+/// Fills the tile with `blocks` blocks of `elements` elements, measured from zero or from the least of each group.
+/// Lanes without a group, and blocks that are too small, get zeros; blocks that are not finite may get NaN.
+template <bool from_least, int N>
 void load(tile<N>& t, const float* from, int elements, index blocks) {
     static constexpr float zeros[N] = {};
     const int groups = elements / N;
     const float* source[lane_count];
     for (int l = 0; l < lane_count; ++l) source[l] = l / groups < blocks ? from + l * N : zeros;
-    for (int quad = 0; quad < lane_count; quad += 4) {  // four lanes at a time: one store for four strided loads
-        for (int i = 0; i < N; ++i) {
-            for (int l = quad; l < quad + 4; ++l) t.x[i][l] = source[l][i];
+    lanes_of<std::int32_t> least, most;
+    least.fill(std::numeric_limits<std::int32_t>::max());
+    most.fill(std::numeric_limits<std::int32_t>::min());
+    for (int quad = 0; quad < N; quad += 4) {  // copied first, so that what is transposed lies together
+        float four[lane_count][4];
+        for (int l = 0; l < lane_count; ++l) std::memcpy(four[l], source[l] + quad, sizeof four[l]);
+        for (int l = 0; l < lane_count; ++l) {
+            for (int i = 0; i < 4; ++i) {
+                t.x[quad + i][l] = four[l][i];
+                const std::int32_t x = in_order(std::bit_cast<std::int32_t>(four[l][i]));
+                least[l] = least[l] < x ? least[l] : x;
+                most[l] = most[l] > x ? most[l] : x;
+            }
         }
     }
-
-    lanes_of<std::uint32_t> largest = {};  // magnitudes: floats without sign order as integers
-    for (int i = 0; i < N; ++i) {
-        for (int l = 0; l < lane_count; ++l) {
-            const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(t.x[i][l]) & 0x7FFFFFFFu;
-            largest[l] = largest[l] > magnitude ? largest[l] : magnitude;
-        }
+    lanes low, high;
+    lanes_of<std::uint32_t> largest;  // magnitudes
+    for (int l = 0; l < lane_count; ++l) {
+        low[l] = std::bit_cast<float>(in_order(least[l]));
+        high[l] = std::bit_cast<float>(in_order(most[l]));
+        const std::uint32_t below = std::bit_cast<std::uint32_t>(low[l]) & 0x7FFFFFFFu,
+                            above = std::bit_cast<std::uint32_t>(high[l]) & 0x7FFFFFFFu;
+        largest[l] = below > above ? below : above;
     }
     for (int first = 0; groups > 1 && first < lane_count; first += groups) {
         std::uint32_t of_block = 0;
         for (int l = first; l < first + groups; ++l) of_block = of_block > largest[l] ? of_block : largest[l];
         for (int l = first; l < first + groups; ++l) largest[l] = of_block;
     }
-    lanes factor;
-    lanes_of<std::uint32_t> usable;
+    lanes origin, factor;
     for (int l = 0; l < lane_count; ++l) {
         constexpr auto infinity = std::bit_cast<std::uint32_t>(std::numeric_limits<float>::infinity());
-        constexpr auto least = std::bit_cast<std::uint32_t>(smallest_unit);
+        constexpr auto smallest = std::bit_cast<std::uint32_t>(smallest_unit);
+        const std::uint32_t usable = largest[l] - smallest < infinity - smallest ? ~0u : 0u;
+        const std::uint32_t finite = largest[l] < infinity ? ~0u : 0u;
         const float unit = std::bit_cast<float>(largest[l]);
-        usable[l] = largest[l] - least < infinity - least ? ~0u : 0u;
-        factor[l] = 1.0f / unit;
-        t.unit[l] = largest[l] < infinity ? unit : std::numeric_limits<float>::quiet_NaN();
+        factor[l] = select(usable, 1.0f / unit, 0.0f);
+        t.unit[l] = select(finite, unit, std::numeric_limits<float>::quiet_NaN());
+        const std::uint32_t narrow = greater(std::numeric_limits<float>::infinity(), high[l] - low[l]);
+        origin[l] = from_least ? select(narrow, low[l], 0.0f) : 0.0f;
+        t.low[l] = (low[l] - origin[l]) * factor[l];
+        t.high[l] = (high[l] - origin[l]) * factor[l];
     }
+    t.origin = origin;
     for (int i = 0; i < N; ++i) {
         for (int l = 0; l < lane_count; ++l) {
-            t.x[i][l] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(t.x[i][l] * factor[l]) & usable[l]);
+            t.x[i][l] = (from_least ? t.x[i][l] - origin[l] : t.x[i][l]) * factor[l];
         }
     }
 }
@@ -106,20 +135,13 @@ void load(tile<N>& t, const float* from, int elements, index blocks) {
 inline constexpr float rounding = 0x1.8p23f;
 
 /// The integer nearest to y within [low, high], still with `rounding` added to it. Any y is allowed; a NaN gives low or
-/// high. Floats of one sign order as integers, so that nothing here depends on the value.
+/// high. Floats of one sign order as integers, so that nothing here depends on the value. (With the lower bound first
+/// g++ 12 makes comparisons and blends of it.)
 inline std::int32_t nearest(float y, int low, int high) {
     constexpr std::int32_t zero = std::bit_cast<std::int32_t>(rounding);
     const std::int32_t q = std::bit_cast<std::int32_t>(y + rounding);
-    const std::int32_t at_least = q > zero + low ? q : zero + low;
-    return at_least < zero + high ? at_least : zero + high;
-}
-
-/// All ones if a > b, otherwise zero. Choosing with masks keeps branches, which hinder vectorising, out of the loops.
-inline std::uint32_t greater(float a, float b) { return a > b ? ~0u : 0u; }
-
-inline float select(std::uint32_t mask, float yes, float no) {
-    return std::bit_cast<float>((std::bit_cast<std::uint32_t>(yes) & mask) |
-                                (std::bit_cast<std::uint32_t>(no) & ~mask));
+    const std::int32_t at_most = q < zero + high ? q : zero + high;
+    return at_most > zero + low ? at_most : zero + low;
 }
 
 /// 1 / x, and 0 for 0.
@@ -175,6 +197,11 @@ struct mxfp4_grid {
         const int c = v < 2.0f ? static_cast<int>(v) : static_cast<int>(std::bit_cast<std::uint32_t>(v) >> 22) - 254;
         return static_cast<std::uint8_t>(y < 0.0f && c > 0 ? c | 8 : c);
     }
+};
+
+/// The integers, for candidates that stay within the grid anyway.
+struct whole_numbers {
+    static float value(float y) { return (y + rounding) - rounding; }
 };
 
 /// Sums over the elements of each group, weighted by importance; q stands for the value of the code.
@@ -237,14 +264,10 @@ struct sweep {
 /// The scale d of each lane that minimises sum w (x - d q)^2 over the candidates of the sweep.
 template <class Grid, int N>
 lanes fit_scale(const tile<N>& t, const sweep& positions) {
-    lanes extreme = {};
-    for (int i = 0; i < N; ++i) {
-        for (int l = 0; l < lane_count; ++l) {
-            extreme[l] = select(greater(std::fabs(t.x[i][l]), std::fabs(extreme[l])), t.x[i][l], extreme[l]);
-        }
-    }
     lanes unit, scale = {}, best = {};
-    for (int l = 0; l < lane_count; ++l) unit[l] = reciprocal(extreme[l]);
+    for (int l = 0; l < lane_count; ++l) {  // of the extreme element
+        unit[l] = reciprocal(select(greater(t.high[l], -t.low[l]), t.high[l], t.low[l]));
+    }
     for (int c = 0; c < positions.count; ++c) {
         const float position = positions[c];
         lanes inverse;
@@ -266,45 +289,66 @@ struct affine {
     lanes scale, minimum;
 };
 
+/// Sums over the elements of each group, of their weights and of themselves.
+struct moments {
+    lanes w = {}, x = {};
+};
+
+template <int N>
+moments total(const tile<N>& t) {
+    moments sum;
+    if (t.weighted) {
+        for (int i = 0; i < N; ++i) {
+            for (int l = 0; l < lane_count; ++l) {
+                sum.w[l] += t.w[i][l];
+                sum.x[l] += t.w[i][l] * t.x[i][l];
+            }
+        }
+    } else {
+        sum.w.fill(N);
+        for (int i = 0; i < N; ++i) {
+            for (int l = 0; l < lane_count; ++l) sum.x[l] += t.x[i][l];
+        }
+    }
+    return sum;
+}
+
 /// The affine map of each lane that minimises sum w (x - scale q - minimum)^2, q in [0, high], over the sweep and, if
-/// asked to look around, over 16 neighbours of the best. With `below_zero`, minimum <= 0.
+/// asked to look around, over 16 neighbours of the best. With `below_zero`, minimum <= 0. The positions are less than
+/// high + 0.5.
 template <int high, bool below_zero, int N>
 affine fit_affine(const tile<N>& t, const sweep& positions, bool look_around) {
-    lanes low, top, sum_w = {}, sum_x = {};
-    low.fill(below_zero ? 0.0f : 1.0f);
-    top.fill(-1.0f);
-    for (int i = 0; i < N; ++i) {
-        for (int l = 0; l < lane_count; ++l) {
-            low[l] = select(greater(low[l], t.x[i][l]), t.x[i][l], low[l]);
-            top[l] = select(greater(t.x[i][l], top[l]), t.x[i][l], top[l]);
-            sum_w[l] += t.w[i][l];
-            sum_x[l] += t.w[i][l] * t.x[i][l];
-        }
+    const moments sum = total(t);
+    lanes low, per_weight, per_span;
+    for (int l = 0; l < lane_count; ++l) {
+        low[l] = below_zero && t.low[l] > 0.0f ? 0.0f : t.low[l];
+        per_weight[l] = 1.0f / sum.w[l];
+        per_span[l] = reciprocal(t.high[l] - low[l]);
     }
 
     affine fit;
     lanes best;
     for (int l = 0; l < lane_count; ++l) {  // to begin with: all codes 0
-        const float mean = sum_x[l] / sum_w[l];
+        const float mean = sum.x[l] * per_weight[l];
         fit.scale[l] = 0.0f;
         fit.minimum[l] = below_zero && mean > 0.0f ? 0.0f : mean;
-        best[l] = fit.minimum[l] * sum_x[l];
+        best[l] = fit.minimum[l] * sum.x[l];
     }
 
-    const auto consider = [&](const lanes& inverse, const lanes& offset) {
-        const affine_sums s = tally<integers<0, high>>(t, inverse, offset);
+    const auto consider = [&]<class Grid>(Grid, const lanes& inverse, const lanes& offset) {
+        const affine_sums s = tally<Grid>(t, inverse, offset);
         for (int l = 0; l < lane_count; ++l) {
-            const float variance = sum_w[l] * s.qq[l] - s.q[l] * s.q[l];
-            const float covariance = sum_w[l] * s.qx[l] - sum_x[l] * s.q[l];
+            const float variance = sum.w[l] * s.qq[l] - s.q[l] * s.q[l];
+            const float covariance = sum.w[l] * s.qx[l] - sum.x[l] * s.q[l];
             float scale = covariance / (variance + 0x1p-100f);
-            float minimum = (sum_x[l] - scale * s.q[l]) / sum_w[l];
+            float minimum = (sum.x[l] - scale * s.q[l]) * per_weight[l];
             if constexpr (below_zero) {
                 const float alone = s.qx[l] / (s.qq[l] + 0x1p-100f);
                 const std::uint32_t above = greater(minimum, 0.0f);
                 scale = select(above, alone, scale);
                 minimum = select(above, 0.0f, minimum);
             }
-            const float explained = scale * s.qx[l] + minimum * sum_x[l];  // of a least-squares fit
+            const float explained = scale * s.qx[l] + minimum * sum.x[l];  // of a least-squares fit
             const std::uint32_t better = greater(explained, best[l]);
             fit.scale[l] = select(better, scale, fit.scale[l]);
             fit.minimum[l] = select(better, minimum, fit.minimum[l]);
@@ -316,10 +360,10 @@ affine fit_affine(const tile<N>& t, const sweep& positions, bool look_around) {
     for (int c = 0; c < positions.count; ++c) {
         const float position = positions[c];
         for (int l = 0; l < lane_count; ++l) {
-            inverse[l] = position * reciprocal(top[l] - low[l]);
+            inverse[l] = position * per_span[l];
             offset[l] = -low[l] * inverse[l];
         }
-        consider(inverse, offset);
+        consider(whole_numbers{}, inverse, offset);
     }
     if (look_around) {
         const affine around = fit;
@@ -327,11 +371,11 @@ affine fit_affine(const tile<N>& t, const sweep& positions, bool look_around) {
             const float stretch = 1.0f + (static_cast<float>(c % 4) - 1.5f) * (0.45f / static_cast<float>(high));
             const float shift = (static_cast<float>(c / 4) - 1.5f) * 0.3f;
             for (int l = 0; l < lane_count; ++l) {  // stretched about the middle of the range, then shifted
-                const float straight = reciprocal(around.scale[l]), middle = 0.5f * (low[l] + top[l]);
+                const float straight = reciprocal(around.scale[l]), middle = 0.5f * (low[l] + t.high[l]);
                 inverse[l] = stretch * straight;
                 offset[l] = (middle - around.minimum[l]) * straight - middle * inverse[l] + shift;
             }
-            consider(inverse, offset);
+            consider(integers<0, high>{}, inverse, offset);
         }
     }
     return fit;
