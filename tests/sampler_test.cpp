@@ -67,7 +67,7 @@ TEST_CASE("a sampler draws the same tokens from shortlists as from all logits") 
     std::uint32_t seed = 0;
     for (sampler_options options : settings) {
         for (const float spread : {0.01f, 0.5f, 2.0f, 6.0f}) {
-            for (const std::size_t vocabulary : {3, 200, 300, 20'000}) {
+            for (const auto vocabulary : std::vector<std::size_t>{3, 200, 300, 20'000}) {
                 options.seed = ++seed;
                 CAPTURE(options.temperature, options.top_k, options.top_p, options.min_p, spread, vocabulary);
                 draws_the_same(some_logits(vocabulary, spread, seed), options, 40);
@@ -89,7 +89,7 @@ TEST_CASE("shortlists of unusual logits draw the same, too") {
     auto logits = some_logits(2000, 2.0f, 7);
     for (std::size_t i = 0; i < logits.size(); i += 3) logits[i] = -INFINITY;
     for (std::size_t i = 1; i < logits.size(); i += 11) logits[i] = NAN;
-    for (const std::size_t i : {1000, 500, 1500}) logits[i] = 20;  // ties
+    for (const auto i : std::vector<std::size_t>{1000, 500, 1500}) logits[i] = 20;  // ties
     for (const sampler_options& options :
          {sampler_options{}, {.temperature = 0}, {.top_k = 2}, {.top_p = 0.5f}, {.temperature = 9, .seed = 2}}) {
         draws_the_same(logits, options, 100);
