@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include <keel/backend/cpu/codes.hpp>
+#include <keel/backend/cpu/dot.hpp>
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/quant.hpp>
@@ -90,26 +91,48 @@ void store_part(const Block* b, const float* scale, const float* min, bf16* to) 
 /// How a product with n activation rows goes through its weights: `columns` columns of 32 rows become a block, which
 /// meets all activations; and `blocks` blocks of the same columns have their turn before the next columns do. Of many
 /// activations only some columns fit into the second cache, so that these are used for several blocks. For few, it is
-/// the weights that take time, and those are best read as they lie.
+/// the weights that take time.
 struct weight_walk {
     index columns, blocks;
 };
 constexpr weight_walk walk_for(index n) { return n > 64 ? weight_walk{512, 4} : weight_walk{2560, 1}; }
 
+/// Which rows of a matrix a block has: runs of 8 rows, `apart` rows from each other. Where reading the weights is what
+/// takes time, these are far apart, for memory likes to be read in a few long streams.
+struct block_rows {
+    static constexpr index run = 8, most = 4 * run;
+
+    index first, apart, count;
+
+    /// Block k of the rows [first, last).
+    static constexpr block_rows at(index k, index first, index last, bool far_apart) {
+        const index full = (last - first) / most, before = k * most;
+        if (k == full || !far_apart) return {first + before, run, std::min(most, last - first - before)};
+        return {first + k * run, full * run, most};
+    }
+
+    [[nodiscard]] constexpr index row(index i) const { return first + i / run * apart + i % run; }
+};
+
 /// A block of weights as left operands, (parts of 32 columns, rows, 32).
 struct weight_block {
-    static constexpr index rows = 2 * amx::tile_rows;
+    static constexpr index rows = block_rows::most;
+    static_assert(rows == 2 * amx::tile_rows);
 
     bf16* value;
 
-    /// Converts `n` columns of `count` rows, the first of which begins at *w; they are `stride` blocks apart.
+    /// Converts the first `n` columns at *w; rows are `stride` blocks apart. The runs take turns.
     template <class Block>
-    void fill(const Block* w, index stride, index count, index n) const {
-        constexpr index ahead = 2048;
-        for (index r = 0; r < count; ++r, w += stride) {
-            const auto* const next = reinterpret_cast<const char*>(w) + ahead;
-            for (index i = 0; i < n / Block::elements * Block::bytes; i += 64) __builtin_prefetch(next + i);
-            fill_row(w, n / part_columns, value + r * part_columns);
+    void fill(const Block* w, index stride, const block_rows& from, index n) const {
+        for (index r = 0; r < block_rows::run; ++r) {
+            for (index c = 0; c < n; c += span_columns) {
+                const index parts = std::min<index>(span_parts, (n - c) / part_columns);
+                for (index i = r; i < from.count; i += block_rows::run) {
+                    const Block* const b = w + from.row(i) * stride + c / Block::elements;
+                    prefetch_after(b);
+                    fill_span(b, parts, value + (c / part_columns * rows + i) * part_columns);
+                }
+            }
         }
     }
 
@@ -117,21 +140,19 @@ private:
     static constexpr index next_part = rows * part_columns;
 
     template <class Block>
-    static void fill_row(const Block* b, index n, bf16* to) {
+    static void fill_span(const Block* b, index parts, bf16* to) {
         if constexpr (is_float_block<Block>) {
-            for (; n > 0; --n, b += part_columns, to += next_part) {
+            for (; parts > 0; --parts, b += part_columns, to += next_part) {
                 _mm512_storeu_si512(to, _mm512_loadu_si512(b));
             }
         } else {
             alignas(64) float scale[16], min[16];
-            for (; n >= span_parts; n -= span_parts, b += span_columns / Block::elements) {
+            if (parts == span_parts) {
                 span_factors(b, scale, min);
                 amx::finish_stores();  // a factor for all lanes comes from memory for nothing, and from a register not
                 unrolled<span_parts>([&]<int P>() { store_part<Block, P>(b, scale, min, to + P * next_part); });
-                to += span_parts * next_part;
-            }
-            if constexpr (Block::elements == part_columns) {
-                for (; n > 0; --n, ++b, to += next_part) {
+            } else if constexpr (Block::elements == part_columns) {
+                for (; parts > 0; --parts, ++b, to += next_part) {
                     part_factors(*b, scale[0], min[0]);
                     store_part<Block, 0>(b, scale, min, to);
                 }
@@ -211,7 +232,8 @@ void multiply_halves(const Block* w, index columns, index first, index last, con
                      arena& scratch, Emit&& emit) {
     constexpr index rows = weight_block::rows, tile = amx::tile_rows * half_panels::rows;
     const weight_walk walk = walk_for(count);
-    const index stride = columns / Block::elements, together = walk.blocks * rows;
+    const bool far_apart = walk.blocks == 1;
+    const index stride = columns / Block::elements, blocks = (last - first + rows - 1) / rows;
     const index next_panel = x.parts * half_panels::part_size;
     const arena::scope scope(scratch);
     const weight_block block{scratch.take<bf16>(rows * std::min(columns, walk.columns)).data};
@@ -219,33 +241,36 @@ void multiply_halves(const Block* w, index columns, index first, index last, con
                                           rows * half_panels::rows);
     const auto turned = scratch.take<float>(half_panels::rows, rows);
     const amx::session session;
+    const auto block_at = [&](index k) { return block_rows::at(k, first, last, far_apart); };
     const auto multiply = [&](index group, index n, index panels) {
-        const index end = std::min(last, group + together);
         for (index c = 0; c < columns; c += walk.columns) {
             const index width = std::min(walk.columns, columns - c);
             const bf16* const values = x.panel(n / half_panels::rows) + c / part_columns * half_panels::part_size;
-            for (index o = group; o < end; o += rows) {
-                block.fill(w + o * stride + c / Block::elements, stride, std::min(rows, end - o), width);
-                multiply_block(block, values, next_panel, panels, width / part_columns, c == 0,
-                               sums[(o - group) / rows].data);
+            for (index k = group; k < std::min(blocks, group + walk.blocks); ++k) {
+                block.fill(w + c / Block::elements, stride, block_at(k), width);
+                multiply_block(block, values, next_panel, panels, width / part_columns, c == 0, sums[k - group].data);
             }
         }
     };
-    const auto hand_out = [&](index o, index n, index some, const float* from) {
-        const index there = std::min(rows, last - o);
-        for (index i = 0; i < some; i += half_panels::rows, from += 2 * tile) {
-            amx::transpose(from, half_panels::rows, turned.data, rows);
-            amx::transpose(from + tile, half_panels::rows, turned.data + amx::tile_rows, rows);
+    const auto hand_out = [&](const block_rows& from, index n, index some, const float* values) {
+        const index run = far_apart ? block_rows::run : rows;
+        for (index i = 0; i < some; i += half_panels::rows, values += 2 * tile) {
+            amx::transpose(values, half_panels::rows, turned.data, rows);
+            amx::transpose(values + tile, half_panels::rows, turned.data + amx::tile_rows, rows);
             const index panel = std::min<index>(half_panels::rows, some - i);
-            for (index r = 0; r < panel; ++r) emit(n + i + r, o, turned[r].data, there);
+            for (index t = 0; t < panel; ++t) {
+                for (index r = 0; r < from.count; r += run) {
+                    emit(n + i + t, from.row(r), turned[t].data + r, std::min(run, from.count - r));
+                }
+            }
         }
     };
     for (index n = 0; n < count; n += matrix_unit_rows) {
         const index some = std::min(matrix_unit_rows, count - n);
-        for (index group = first; group < last; group += together) {
+        for (index group = 0; group < blocks; group += walk.blocks) {
             multiply(group, n, half_panels::count(some));
-            for (index o = group; o < std::min(last, group + together); o += rows) {
-                hand_out(o, n, some, sums[(o - group) / rows].data);
+            for (index k = group; k < std::min(blocks, group + walk.blocks); ++k) {
+                hand_out(block_at(k), n, some, sums[k - group].data);
             }
         }
     }
