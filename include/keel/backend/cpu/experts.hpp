@@ -43,7 +43,7 @@ struct expert_rows {
 };
 
 /// Rows of gate and up that are multiplied at a time, if there are many rows of activations.
-inline constexpr index gate_rows = 2 * unit_rows;
+inline constexpr index gate_rows = unit_rows;
 
 /// Floats that a thread needs for the results of gate, or of up, at a time.
 constexpr index gate_floats(index rows, index width) {

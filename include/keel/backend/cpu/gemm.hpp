@@ -22,37 +22,60 @@ namespace detail {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 
-/// The arithmetic of a tile: one lane per weight row.
+/// The arithmetic of a tile: one lane per weight row, in two registers, so that a value that is loaded serves both.
 struct tile_lanes {
-    static constexpr int rows = 16;
-    static constexpr int panel_step = 16;  // activation rows that share the weights in registers
-    using floats = __m512;
-    using ints = __m512i;
+    static constexpr int rows = 32;
+    struct floats {
+        __m512 low, high;
+    };
+    struct ints {
+        __m512i low, high;
+    };
+    using codes = ints;
 
-    static floats load(const float* p) { return _mm512_loadu_ps(p); }
-    static void store(float* p, floats x) { _mm512_storeu_ps(p, x); }
-    static floats splat(float x) { return _mm512_set1_ps(x); }
-    static floats zero() { return _mm512_setzero_ps(); }
-    static floats multiply(floats a, floats b) { return _mm512_mul_ps(a, b); }
-    static floats fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
-    static floats fnma(floats a, floats b, floats c) { return _mm512_fnmadd_ps(a, b, c); }
-    static ints load_codes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
-    static ints no_sums() { return _mm512_setzero_si512(); }
-    static floats to_floats(ints x) { return _mm512_cvtepi32_ps(x); }
+    static floats load(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
+    static void store(float* p, floats x) {
+        _mm512_storeu_ps(p, x.low);
+        _mm512_storeu_ps(p + 16, x.high);
+    }
+    static floats splat(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
+    static floats zero() { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
+    static floats multiply(floats a, floats b) {
+        return {_mm512_mul_ps(a.low, b.low), _mm512_mul_ps(a.high, b.high)};
+    }
+    static floats fma(floats a, floats b, floats c) {
+        return {_mm512_fmadd_ps(a.low, b.low, c.low), _mm512_fmadd_ps(a.high, b.high, c.high)};
+    }
+    static floats fnma(floats a, floats b, floats c) {
+        return {_mm512_fnmadd_ps(a.low, b.low, c.low), _mm512_fnmadd_ps(a.high, b.high, c.high)};
+    }
+    static codes load_codes(const std::uint8_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)}; }
+    static ints no_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+    static floats to_floats(ints x) { return {_mm512_cvtepi32_ps(x.low), _mm512_cvtepi32_ps(x.high)}; }
 
     /// Adds to each lane the products of its four codes with four activations.
     template <bool Signed>
-    static ints dot(ints sums, ints weights, const std::int8_t* x) {
+    static ints dot(ints sums, codes weights, const std::int8_t* x) {
         static_assert(!Signed);
         std::int32_t four;
         std::memcpy(&four, x, sizeof(four));
-        return _mm512_dpbusd_epi32(sums, weights, _mm512_set1_epi32(four));
+        const __m512i values = _mm512_set1_epi32(four);
+        return {_mm512_dpbusd_epi32(sums.low, weights.low, values),
+                _mm512_dpbusd_epi32(sums.high, weights.high, values)};
     }
 
-    /// From 16 rows of 8 times 4 bytes to 8 of 16.
-    static void transpose(const void* rows_of_8, void* rows_of_16) {
+    /// From the tile's rows of 8 times 4 bytes to 8 columns of a row each.
+    static void transpose(const void* rows_of_8, void* columns) {
         const auto* const from = static_cast<const std::uint8_t*>(rows_of_8);
-        auto* const to = static_cast<std::uint8_t*>(rows_of_16);
+        auto* const to = static_cast<std::uint8_t*>(columns);
+        for (int half = 0; half < 2; ++half) transpose_half(from + half * 16 * 32, to + half * 64);
+    }
+
+private:
+    static __m256i load(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+    /// 16 rows. A column is 128 bytes, of which these are 64.
+    static void transpose_half(const std::uint8_t* from, std::uint8_t* to) {
         __m512i x[8], y[8];
         for (int i = 0; i < 8; ++i) {  // rows 0-3 with 4-7 in the upper half; rows 8-11 with 12-15
             const int row = i < 4 ? i : i + 4;
@@ -67,22 +90,18 @@ struct tile_lanes {
             y[i + 3] = _mm512_unpackhi_epi64(b, d);
         }
         for (int i = 0; i < 4; ++i) {  // 128 bits: columns i and i + 4 of rows 0-3, then of 4-7; and 8-11, 12-15
-            _mm512_storeu_si512(to + 64 * i, _mm512_shuffle_i32x4(y[i], y[i + 4], 0x88));
-            _mm512_storeu_si512(to + 64 * (i + 4), _mm512_shuffle_i32x4(y[i], y[i + 4], 0xDD));
+            _mm512_storeu_si512(to + 128 * i, _mm512_shuffle_i32x4(y[i], y[i + 4], 0x88));
+            _mm512_storeu_si512(to + 128 * (i + 4), _mm512_shuffle_i32x4(y[i], y[i + 4], 0xDD));
         }
     }
-
-private:
-    static __m256i load(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 };
 
 #else
 
 struct tile_lanes {
     static constexpr int rows = 8;
-    static constexpr int panel_step = 4;
     using floats = simd::floats8;
-    using ints = simd::ints8;
+    using codes = simd::bytes32;
 
     static floats load(const float* p) { return simd::load_floats8(p); }
     static void store(float* p, floats x) { simd::store_floats8(p, x); }
@@ -91,16 +110,15 @@ struct tile_lanes {
     static floats multiply(floats a, floats b) { return a * b; }
     static floats fma(floats a, floats b, floats c) { return simd::fma(a, b, c); }
     static floats fnma(floats a, floats b, floats c) { return simd::fnma(a, b, c); }
-    static simd::bytes32 load_codes(const std::uint8_t* p) { return simd::load_bytes(p); }
-    static ints no_sums() { return simd::no_sums(); }
-    static floats to_floats(ints x) { return simd::to_floats(x); }
+    static codes load_codes(const std::uint8_t* p) { return simd::load_bytes(p); }
+    static simd::ints8 no_sums() { return simd::no_sums(); }
+    static floats to_floats(simd::ints8 x) { return simd::to_floats(x); }
 
     template <bool Signed>
-    static ints dot(ints sums, simd::bytes32 weights, const std::int8_t* x) {
+    static simd::ints8 dot(simd::ints8 sums, codes weights, const std::int8_t* x) {
         return simd::dot4<Signed>(sums, weights, simd::repeat4(x));
     }
 
-    /// From 8 rows of 8 times 4 bytes to the other 8.
     static void transpose(const void* rows_of_8, void* to) {
         const auto* const from = static_cast<const std::uint8_t*>(rows_of_8);
         for (int c = 0; c < 8; ++c) {
@@ -142,7 +160,7 @@ struct weight_tile {
         };
         index p = 0;
         for (; (p + span_parts) * part_columns <= columns; p += span_parts) {
-            unpack_span<Block>([&](int lane) { return row(lane, p * part_columns); }, p);
+            unpack_span<Block>([&](int lane) { return row(lane, p * part_columns); }, tile_lanes::rows * stride, p);
         }
         if constexpr (Block::elements == part_columns) {
             for (; p * part_columns < columns; ++p) {
@@ -159,12 +177,15 @@ struct weight_tile {
 
 private:
     template <class Block, class F>
-    void unpack_span(F&& row, index first) const {
+    void unpack_span(F&& row, index next_tile, index first) const {
+        constexpr int span_bytes = part_columns * span_parts / Block::elements * Block::bytes;
         constexpr int groups = part_columns / codes<Block>::group;
         alignas(64) std::uint8_t part_codes[span_parts][tile_lanes::rows][part_columns];
         alignas(64) float factor[groups][tile_lanes::rows][span_parts], least[groups][tile_lanes::rows][span_parts];
         for (int lane = 0; lane < tile_lanes::rows; ++lane) {
             const Block* const b = row(lane);
+            const auto* const next = reinterpret_cast<const char*>(b + next_tile);
+            for (int i = 0; i < span_bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
             alignas(32) float all[16], all_least[16];
             span_factors(b, all, all_least);
             for (int g = 0; g < groups; ++g) {
@@ -237,48 +258,35 @@ private:
 
 using tile_sums = float[byte_panels::rows][tile_lanes::rows];
 
-/// sums[t][r] = weight row r times activation row t, for T rows of the panel from `slot` on.
-template <class Block, int T>
-void multiply_tile(const weight_tile& w, const byte_panels& x, int slot, tile_sums& sums) {
+/// sums[t][r] = weight row r times activation row t, for the first `count` rows of the panel.
+template <class Block>
+void multiply_panel(const weight_tile& w, const byte_panels& x, int count, tile_sums& sums) {
     using lanes = tile_lanes;
     constexpr int groups = part_columns / codes<Block>::group;
     constexpr int steps = part_columns / 4 / groups;
-    lanes::floats total[T];
-    for (auto& t : total) t = lanes::zero();
+    for (int t = 0; t < count; ++t) lanes::store(sums[t], lanes::zero());
     const float* const code_sum = groups == 1 ? x.part_sum : x.half_sum;
-    for (index p = 0; p < x.parts; ++p) {
-        const std::int8_t* const values = x.code + (p * byte_panels::rows + slot) * part_columns;
-        const float* const scale = x.scale + p * byte_panels::rows + slot;
-        for (int g = 0; g < groups; ++g) {
-            const std::uint8_t* const codes = w.code + p * weight_tile::code_bytes + g * steps * 4 * lanes::rows;
-            const lanes::floats factor = lanes::load(w.scale + (p * groups + g) * lanes::rows);
-            for (int t = 0; t < T; ++t) {
-                auto dots = lanes::no_sums();
-                for (int s = 0; s < steps; ++s) {
-                    dots = lanes::template dot<has_signed_codes<Block>>(
-                        dots, lanes::load_codes(codes + s * 4 * lanes::rows),
-                        values + t * part_columns + (g * steps + s) * 4);
-                }
-                total[t] =
-                    lanes::fma(lanes::to_floats(dots), lanes::multiply(factor, lanes::splat(scale[t])), total[t]);
+    for (index g = 0; g < x.parts * groups; ++g) {
+        const index part = g / groups;
+        const std::int8_t* const values = x.code + part * byte_panels::rows * part_columns + g % groups * steps * 4;
+        const float* const scale = x.scale + part * byte_panels::rows;
+        const float* const own_sum = code_sum + g * byte_panels::rows;
+        lanes::codes weights[steps];  // in registers: what is stored below could be the bytes that they come from
+        for (int s = 0; s < steps; ++s) weights[s] = lanes::load_codes(w.code + (g * steps + s) * 4 * lanes::rows);
+        const lanes::floats factor = lanes::load(w.scale + g * lanes::rows);
+        const lanes::floats least = has_minimums<Block> ? lanes::load(w.min + g * lanes::rows) : lanes::zero();
+        for (int t = 0; t < count; ++t) {
+            auto dots = lanes::no_sums();
+            for (int s = 0; s < steps; ++s) {
+                const std::int8_t* const four = values + t * part_columns + s * 4;
+                dots = lanes::template dot<has_signed_codes<Block>>(dots, weights[s], four);
             }
-            if constexpr (has_minimums<Block>) {
-                const lanes::floats least = lanes::load(w.min + (p * groups + g) * lanes::rows);
-                const float* const s = code_sum + (p * groups + g) * byte_panels::rows + slot;
-                for (int t = 0; t < T; ++t) total[t] = lanes::fnma(least, lanes::splat(s[t]), total[t]);
-            }
+            lanes::floats total = lanes::load(sums[t]);
+            if constexpr (has_minimums<Block>) total = lanes::fnma(least, lanes::splat(own_sum[t]), total);
+            const lanes::floats by = lanes::multiply(factor, lanes::splat(scale[t]));
+            lanes::store(sums[t], lanes::fma(lanes::to_floats(dots), by, total));
         }
     }
-    for (int t = 0; t < T; ++t) lanes::store(sums[slot + t], total[t]);
-}
-
-/// The same for the first `count` rows of the panel; what lies behind them in `sums` is not meant for use.
-template <class Block>
-void multiply_panel(const weight_tile& w, const byte_panels& x, int count, tile_sums& sums) {
-    int slot = 0;
-    for (; tile_lanes::panel_step == 16 && count - slot > 12; slot += 16) multiply_tile<Block, 16>(w, x, slot, sums);
-    for (; tile_lanes::panel_step == 16 && count - slot > 4; slot += 8) multiply_tile<Block, 8>(w, x, slot, sums);
-    for (; slot < count; slot += 4) multiply_tile<Block, 4>(w, x, slot, sums);
 }
 
 }  // namespace detail

@@ -203,7 +203,7 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
 }
 
 /// Weight rows that are shared out together.
-inline constexpr index unit_rows = 16;
+inline constexpr index unit_rows = 32;
 
 /// A product as a part of a job.
 struct product {
