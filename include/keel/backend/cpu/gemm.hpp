@@ -40,9 +40,7 @@ struct tile_lanes {
     }
     static floats splat(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
     static floats zero() { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
-    static floats multiply(floats a, floats b) {
-        return {_mm512_mul_ps(a.low, b.low), _mm512_mul_ps(a.high, b.high)};
-    }
+    static floats multiply(floats a, floats b) { return {_mm512_mul_ps(a.low, b.low), _mm512_mul_ps(a.high, b.high)}; }
     static floats fma(floats a, floats b, floats c) {
         return {_mm512_fmadd_ps(a.low, b.low, c.low), _mm512_fmadd_ps(a.high, b.high, c.high)};
     }
