@@ -5,9 +5,9 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -40,22 +40,21 @@ public:
         return *this;
     }
 
-    [[nodiscard]] std::byte* data() const {
-        constexpr auto alignment = static_cast<std::uintptr_t>(arena::alignment);
-        std::byte* const p = memory_.get();
-        return p + (alignment - reinterpret_cast<std::uintptr_t>(p) % alignment) % alignment;
-    }
+    [[nodiscard]] std::byte* data() const { return memory_.get(); }
     [[nodiscard]] index size() const { return bytes_; }
 
 private:
-    /// Aligned by hand: glibc's aligned allocation cannot use again a block of the same size that was given back, so
-    /// that copies of states would go to new pages, which cost more than the copying.
-    static std::unique_ptr<std::byte[]> take(index bytes) {
+    static constexpr std::align_val_t alignment{static_cast<std::size_t>(arena::alignment)};
+    struct release {
+        void operator()(std::byte* p) const { ::operator delete(p, alignment); }
+    };
+
+    static std::byte* take(index bytes) {
         if (bytes == 0) return nullptr;
-        return std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes + arena::alignment - 1));
+        return static_cast<std::byte*>(::operator new(static_cast<std::size_t>(bytes), alignment));
     }
 
-    std::unique_ptr<std::byte[]> memory_;
+    std::unique_ptr<std::byte, release> memory_;
     index bytes_ = 0;
 };
 
