@@ -40,6 +40,13 @@ void unrolled(F&& f) {
     (std::make_integer_sequence<int, N>{});
 }
 
+/// Asks for the memory of a span of blocks, which need not exist. Locality: 3 for the first cache, 2 for the second.
+template <class Block, int Locality = 3>
+void prefetch_span(const void* span) {
+    constexpr int size = span_columns / Block::elements * Block::bytes;
+    for (int i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(span) + i, 0, Locality);
+}
+
 /// Blocks of 32 columns with one f16 scale.
 template <class Block>
 struct codes_of_32 {

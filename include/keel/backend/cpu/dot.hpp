@@ -20,9 +20,8 @@ namespace detail {
 /// streams by themselves, but not across the ends of pages.
 template <class Block>
 void prefetch_after(const Block* b) {
-    constexpr int ahead = 1024, size = span_columns / Block::elements * Block::bytes;
-    const char* const bytes = reinterpret_cast<const char*>(b) + ahead;
-    for (int i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
+    constexpr int ahead = 1024;
+    prefetch_span<Block>(reinterpret_cast<const char*>(b) + ahead);
 }
 
 /// Eight sums of four products each.

@@ -176,14 +176,12 @@ struct weight_tile {
 private:
     template <class Block, class F>
     void unpack_span(F&& row, index next_tile, index first) const {
-        constexpr int span_bytes = part_columns * span_parts / Block::elements * Block::bytes;
         constexpr int groups = part_columns / codes<Block>::group;
         alignas(64) std::uint8_t part_codes[span_parts][tile_lanes::rows][part_columns];
         alignas(64) float factor[groups][tile_lanes::rows][span_parts], least[groups][tile_lanes::rows][span_parts];
         for (int lane = 0; lane < tile_lanes::rows; ++lane) {
             const Block* const b = row(lane);
-            const auto* const next = reinterpret_cast<const char*>(b + next_tile);
-            for (int i = 0; i < span_bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+            prefetch_span<Block, 2>(b + next_tile);  // into the second cache: the first one is full of this tile
             alignas(32) float all[16], all_least[16];
             span_factors(b, all, all_least);
             for (int g = 0; g < groups; ++g) {
