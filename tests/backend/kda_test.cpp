@@ -7,6 +7,8 @@
 #include "catch.hpp"
 #include "operands.hpp"
 
+#include <keel/backend/cpu/convolution.hpp>
+#include <keel/backend/cpu/elementwise.hpp>
 #include <keel/backend/cpu/kda.hpp>
 #include <keel/backend/reference.hpp>
 

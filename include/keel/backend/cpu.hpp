@@ -12,6 +12,7 @@
 
 #include <keel/backend/concept.hpp>
 #include <keel/backend/cpu/attention.hpp>
+#include <keel/backend/cpu/convolution.hpp>
 #include <keel/backend/cpu/elementwise.hpp>
 #include <keel/backend/cpu/experts.hpp>
 #include <keel/backend/cpu/kda.hpp>

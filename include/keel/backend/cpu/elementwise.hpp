@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// The operations without a product: norms, rows in and out, the router. Each row is computed by one thread, always in
-// the same order.
+// The operations without a product: norms, gates, rows in and out, the router. Each row is computed by one thread,
+// always in the same order.
 #pragma once
 
 #include <algorithm>
@@ -49,6 +49,56 @@ inline void rms_norm(const rms_norm_args& a, thread_pool& pool) {
     simd::split(pool, a.x.extent[0], a.x.extent[1], [&](index first, index count) {
         for (index r = first; r < first + count; ++r) {
             simd::rms_norm_row(a.x[r].data, a.weight.data, a.epsilon, a.x.extent[1], a.out[r].data);
+        }
+    });
+}
+
+inline void l2_norm(const l2_norm_args& a, thread_pool& pool) {
+    using namespace simd;
+    const index heads = a.x.extent[1];
+    const index dim = a.x.extent[2];
+    split(pool, a.x.extent[0] * heads, dim, [&](index first, index count) {
+        for (index item = first; item < first + count; ++item) {
+            float* const x = a.x[item / heads][item % heads].data;
+            const floats inverse(1.0f / std::max(std::sqrt(dot(x, x, dim)), a.epsilon));
+            for_lanes(dim, [&](index i, auto load, auto store) { store(x + i, load(x + i) * inverse); });
+        }
+    });
+}
+
+inline void kda_gates(const kda_gates_args& a, thread_pool& pool) {
+    using namespace simd;
+    const index heads = a.log_decay.extent[1];
+    const index dim = a.log_decay.extent[2];
+    for (index r = 0; r < a.beta.extent[0]; ++r) {
+        float* const beta = a.beta[r].data;
+        for_lanes(heads, [&](index h, auto load, auto store) { store(beta + h, sigmoid(load(beta + h))); });
+    }
+    split(pool, a.log_decay.extent[0] * heads, 8 * dim, [&](index first, index count) {
+        for (index item = first; item < first + count; ++item) {
+            const index h = item % heads;
+            float* const g = a.log_decay[item / heads][h].data;
+            const float* const bias = a.dt_bias.data + h * dim;
+            const floats rate(a.a[h]);
+            for_lanes(dim, [&](index i, auto load, auto store) {
+                store(g + i, rate * softplus(load(g + i) + load(bias + i)));
+            });
+        }
+    });
+}
+
+inline void gated_norm(const gated_norm_args& a, thread_pool& pool) {
+    using namespace simd;
+    const index heads = a.x.extent[1];
+    const index dim = a.x.extent[2];
+    split(pool, a.x.extent[0] * heads, 4 * dim, [&](index first, index count) {
+        for (index item = first; item < first + count; ++item) {
+            float* const x = a.x[item / heads][item % heads].data;
+            const float* const gate = a.gate[item / heads][item % heads].data;
+            const floats inverse(inverse_rms(x, dim, a.epsilon));
+            for_lanes(dim, [&](index i, auto load, auto store) {
+                store(x + i, load(x + i) * inverse * load(a.weight.data + i) * sigmoid(load(gate + i)));
+            });
         }
     });
 }
