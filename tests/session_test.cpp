@@ -63,8 +63,10 @@ int random_operations(const keel::engine& engine, unsigned seed, int operations,
     std::mt19937 random(seed);
     const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
     const auto file = temporary("random-" + std::to_string(seed));
-    const keel::session_options options{
-        .context = 400, .checkpoints = 3, .checkpoint_every = 50, .replay = static_cast<keel::index>(seed % 3 * 6)};
+    const keel::session_options options{.context = 400,
+                                        .checkpoint_bytes = 3 * engine.plan().state,
+                                        .checkpoint_every = 50,
+                                        .replay = static_cast<keel::index>(seed % 3 * 6)};
     std::vector<keel::session> sessions{engine.start(options)};
     keel::sampler sample({.seed = seed});
     for (int i = 0; i < operations; ++i) {
@@ -159,7 +161,7 @@ TEST_CASE("random operations on many threads never disturb a session") {
 
 TEST_CASE("a session goes back by replay, to a checkpoint, or from the start, whichever is least work") {
     const auto engine = exact_engine();
-    auto session = engine.start({.checkpoints = 4, .checkpoint_every = 100, .replay = 16});
+    auto session = engine.start({.checkpoint_bytes = 4 * engine.plan().state, .checkpoint_every = 100, .replay = 16});
     session.feed(some_tokens(250));
     SECTION("within the window nothing but the last token is computed") {
         for (const int target : {240, 234}) {  // the last one lies exactly 16 tokens back
@@ -367,21 +369,29 @@ TEST_CASE("two threads in one session are noticed") {
 
 TEST_CASE("a limit of memory is kept, and the message says what would fit") {
     const auto engine = exact_engine();
-    const auto plan = engine.plan({.context = 1024});
-    CHECK(plan.total() == plan.weights + plan.workspace + plan.session());
+    const keel::index state = engine.plan().state;
+    const keel::session_options options{.context = 1024, .checkpoint_bytes = 17 * state / 2};
+    const auto plan = engine.plan(options);
+    CHECK(plan.checkpoints == 8 * state);
+    CHECK(plan.total() == plan.weights + plan.tokenizer + plan.workspace + plan.session());
+    CHECK(plan.session() == state + plan.cache + plan.tokens + plan.checkpoints);
     const auto open = [&](keel::index memory) {
         return keel::engine::open(
             tiny, {.precision = keel::precision::exact, .threads = 2, .batch_rows = 64, .memory = memory});
     };
-    CHECK(open(plan.total()).start({.context = 1024}).context() == 1024);
-    throws(errc::capacity, "a context of 768 tokens would fit",
-           [&] { (void)open(plan.total() - 1).start({.context = 1024}); });
-    throws(errc::capacity, "no context would fit", [&] { (void)open(1000).start({.context = 1024}); });
+    CHECK(open(plan.total()).start(options).context() == 1024);
+    const auto refused = [&](keel::index memory, const char* advice) {
+        throws(errc::capacity, advice, [&] { (void)open(memory).start(options); });
+    };
+    refused(plan.total() - 1, "a context of 768 tokens would fit");
+    refused(plan.total() - plan.cache - plan.tokens, "a context of 1024 tokens without checkpoints would fit");
+    refused(1000, "no context would fit");
+    CHECK(open(plan.total() - 1).start({.context = 768, .checkpoint_bytes = 8 * state}).context() == 768);
 }
 
 TEST_CASE("options of a session that make no sense are named") {
     const auto engine = exact_engine();
-    throws(errc::argument, "checkpoints", [&] { (void)engine.start({.checkpoints = -1}); });
+    throws(errc::argument, "checkpoint_bytes", [&] { (void)engine.start({.checkpoint_bytes = -1}); });
     throws(errc::argument, "checkpoint_every", [&] { (void)engine.start({.checkpoint_every = 0}); });
     throws(errc::argument, "replay", [&] { (void)engine.start({.context = 10, .replay = 11}); });
 }

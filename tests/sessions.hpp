@@ -20,7 +20,7 @@ inline std::vector<token> some_tokens(int n, int start = 0) {
 /// Whether the session gives the logits of a fresh one that is fed the same tokens, to the bit.
 template <class Engine, class Session>
 bool agrees_with_fresh(const Engine& engine, Session& session) {
-    auto fresh = engine.start({.context = session.context(), .checkpoints = 0});
+    auto fresh = engine.start({.context = session.context(), .checkpoint_bytes = 0});
     fresh.feed(session.tokens());
     return std::ranges::equal(session.logits(), fresh.logits());
 }

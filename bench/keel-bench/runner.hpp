@@ -49,7 +49,7 @@ public:
     [[nodiscard]] virtual std::int64_t vocabulary() const = 0;
     [[nodiscard]] virtual double bytes() const = 0;
     [[nodiscard]] virtual double parameters() const = 0;
-    /// Of the recurrent state, which a copy of a session copies.
+    /// Of the state, which a copy of a session copies: the recurrent one and the logits behind it.
     [[nodiscard]] virtual double state_bytes() const = 0;
     /// Bytes that a token reads from memory at this position: active weights, state twice, cache.
     [[nodiscard]] virtual double bytes_per_token(std::int64_t position) const = 0;

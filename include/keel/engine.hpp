@@ -184,8 +184,13 @@ public:
 
     /// What such a session and the model take, exactly.
     [[nodiscard]] memory_plan plan(const session_options& options = {}) const {
-        return make_plan<B>(shape(), {model_->run.options(), weight_bytes_of<B>(file_), model_->run.batch_rows(),
-                                      context_of(shape(), options), options.checkpoints, options.replay});
+        return make_plan<B>(shape(), {.backend = model_->run.options(),
+                                      .weight_bytes = weight_bytes_of<B>(file_),
+                                      .tokenizer_bytes = vocabulary().memory_bytes(),
+                                      .batch_rows = model_->run.batch_rows(),
+                                      .context = context_of(shape(), options),
+                                      .checkpoint_bytes = options.checkpoint_bytes,
+                                      .replay = options.replay});
     }
 
     /// Bytes that a token at this position has to read or write, at least: the weights that it uses, the state twice,
@@ -204,17 +209,22 @@ private:
         const memory_plan needed = plan(options);
         if (needed.total() <= memory_) return;
         const auto text = [](index bytes) { return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB"; };
-        const index for_cache = memory_ - (needed.total() - needed.cache);
-        const index blocks = for_cache < 0 || needed.cache_per_token == 0
-                                 ? 0
-                                 : for_cache / (needed.cache_per_token * memory_layout::block_rows);
-        throw error(
-            errc::capacity, "memory",
-            "a session needs " + text(needed.total()) + " (weights " + text(needed.weights) + ", workspace " +
-                text(needed.workspace) + ", state " + text(needed.state + needed.going_back) + ", cache " +
-                text(needed.cache) + "), allowed are " + text(memory_) + "; " +
-                (blocks > 0 ? "a context of " + std::to_string(blocks * memory_layout::block_rows) + " tokens would fit"
-                            : "no context would fit"));
+        // What a token takes: a little more than its row of the cache, never nothing.
+        const index block = memory_layout::block_rows * (needed.cache_per_token + static_cast<index>(sizeof(token)));
+        const index left = memory_ - (needed.total() - needed.cache - needed.tokens);
+        const auto context_in = [&](index bytes) {
+            const index tokens = bytes / block * memory_layout::block_rows;
+            return "a context of " + std::to_string(std::min(tokens, context_of(shape(), options))) + " tokens";
+        };
+        const std::string advice = left >= block ? context_in(left) + " would fit"
+                                   : left + needed.checkpoints >= block
+                                       ? context_in(left + needed.checkpoints) + " without checkpoints would fit"
+                                       : "no context would fit";
+        throw error(errc::capacity, "memory",
+                    "a session needs " + text(needed.total()) + " (weights " + text(needed.weights) + ", workspace " +
+                        text(needed.workspace) + ", state " + text(needed.state) + ", checkpoints " +
+                        text(needed.checkpoints + needed.replay) + ", cache " + text(needed.cache) + "), allowed are " +
+                        text(memory_) + "; " + advice);
     }
 
     gguf file_;

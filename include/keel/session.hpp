@@ -36,9 +36,9 @@ struct session_options {
     index context = 0;  ///< most tokens that the session will hold; 0: what the model was trained for, at most 8192
     bool beyond_training = false;  ///< more than the model was trained for is not an error
 
-    /// Copies of the recurrent state (43 MB each for Kimi-Linear) that the session keeps by itself where turns begin
-    /// and every checkpoint_every tokens, so that going back does not mean starting anew.
-    index checkpoints = 4;
+    /// What copies of the state may take (44 MB each for Kimi-Linear, engine.plan().state) that the session keeps by
+    /// itself where turns begin and every checkpoint_every tokens, so that going back does not mean starting anew.
+    index checkpoint_bytes = index{192} << 20;
     index checkpoint_every = 2048;
 
     /// rewind() goes back by up to this many tokens by replaying their recurrence instead of running the model (about 2
@@ -212,11 +212,11 @@ private:
           context_(context),
           checkpoint_every_(options.checkpoint_every),
           state_(model_->run.make_state()),
-          history_(options.checkpoints) {
+          history_(options.checkpoint_bytes / state_bytes(state_.layout(), model_->run.shape().vocabulary)) {
         const auto require = [](bool good, const char* name, const char* what) {
             if (!good) throw error(errc::argument, name, what);
         };
-        require(options.checkpoints >= 0, "checkpoints", "must not be negative");
+        require(options.checkpoint_bytes >= 0, "checkpoint_bytes", "must not be negative");
         require(options.checkpoint_every > 0, "checkpoint_every", "must be at least 1");
         require(options.replay >= 0 && options.replay <= context, "replay", "must be from 0 to the context");
         if (options.replay > 0) {
@@ -225,7 +225,7 @@ private:
             window_->begin_at(copy_state());
         }
         model_->run.prepare(context_);
-        tokens_.reserve(static_cast<std::size_t>(std::min(context_, index{1} << 16)));
+        tokens_.reserve(static_cast<std::size_t>(context_));
     }
 
     /// Continues from a snapshot, see basic_engine::resume.

@@ -35,7 +35,7 @@ TEST_CASE("a model takes the GPU memory that was planned, within one percent", "
     }
     const keel::index before = here.free_memory();
     const auto engine = basic_engine<cuda>::open(path, {.batch_rows = 2048});
-    const session_options options{.context = 8192, .checkpoints = 0};
+    const session_options options{.context = 8192, .checkpoint_bytes = 0};
     std::vector<basic_session<cuda>> sessions;
     for (int i = 0; i < 3; ++i) sessions.push_back(run(engine, options));
     const auto taken = static_cast<double>(before - here.free_memory());

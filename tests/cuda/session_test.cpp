@@ -34,7 +34,7 @@ basic_engine<cuda> exact_engine() {
 
 TEST_CASE("on the GPU a session goes back by replay with the bits of a fresh one") {
     const auto engine = exact_engine();
-    auto session = engine.start({.checkpoints = 4, .checkpoint_every = 100, .replay = 16});
+    auto session = engine.start({.checkpoint_bytes = 4 * engine.plan().state, .checkpoint_every = 100, .replay = 16});
     session.feed(some_tokens(250));
     for (int i = 0; i < 20; ++i) session.next([](std::span<const float>) { return token{3}; });
     for (const keel::index back : {1, 7, 16}) {

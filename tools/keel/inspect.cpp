@@ -85,16 +85,19 @@ nlohmann::ordered_json describe(const keel::gguf& file, std::int64_t context) {
     const keel::memory_layout layout = c.memory(keel::precision::fast);
     const auto plan = keel::make_plan<keel::cpu>(c, {.backend = {},
                                                      .weight_bytes = keel::weight_bytes(file),
+                                                     .tokenizer_bytes = text.memory_bytes(),
                                                      .batch_rows = keel::engine_options{}.batch_rows,
                                                      .context = length,
-                                                     .checkpoints = keel::session_options{}.checkpoints});
+                                                     .checkpoint_bytes = keel::session_options{}.checkpoint_bytes});
     about["memory"] = {{"context", length},
                        {"weights", plan.weights},
+                       {"tokenizer", plan.tokenizer},
+                       {"workspace", plan.workspace},
                        {"state", plan.state},
                        {"cache_per_token", plan.cache_per_token},
                        {"cache", plan.cache},
-                       {"checkpoints", plan.going_back},
-                       {"workspace", plan.workspace},
+                       {"tokens", plan.tokens},
+                       {"checkpoints", plan.checkpoints},
                        {"total", plan.total()},
                        {"bytes_per_decoded_token", keel::bytes_per_token(file, c, layout, 0)}};
     return about;
@@ -133,8 +136,8 @@ void print(const nlohmann::ordered_json& about) {
     for (const auto& [name, value] : about["tokenizer"].items()) row(("  " + name).c_str(), value.dump());
     const auto& memory = about["memory"];
     std::printf("memory for one session of %d tokens\n", memory["context"].get<int>());
-    for (const char* name : {"weights", "state", "cache_per_token", "cache", "checkpoints", "workspace", "total",
-                             "bytes_per_decoded_token"}) {
+    for (const char* name : {"weights", "tokenizer", "workspace", "state", "cache_per_token", "cache", "tokens",
+                             "checkpoints", "total", "bytes_per_decoded_token"}) {
         row((std::string("  ") + name).c_str(), size(memory[name]));
     }
 }

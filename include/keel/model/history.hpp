@@ -28,6 +28,11 @@ struct state_copy {
     std::shared_ptr<const kept_logits<B>> logits;  // behind that length, or null
 };
 
+/// Bytes of a state: its recurrent part, and the logits behind it.
+inline index state_bytes(const memory_layout& layout, index vocabulary) {
+    return layout.recurrent_bytes() + vocabulary * static_cast<index>(sizeof(float));
+}
+
 /// A bounded number of copies, thinned so that they lie the denser the nearer they are to the end: to go back by n
 /// tokens costs computing about n again. Copying the list shares the states.
 template <backend B>

@@ -25,18 +25,26 @@
 
 namespace keel::inline KEEL_ABI {
 
-/// Bytes, exactly as they will be allocated; `weights` are those of the file's tensors where a backend maps them in
-/// place.
+/// Bytes, exactly as they will be allocated at most; `weights` are those of the file's tensors where a backend maps
+/// them in place. The tokenizer and the lists of tokens are in host memory, everything else in the backend's.
 struct memory_plan {
+    // Of the model.
     index weights = 0;
-    index workspace = 0;        ///< per batch in flight: one for each thread that runs sessions
-    index state = 0;            ///< recurrent state of a session, whatever its length
-    index cache_per_token = 0;  ///< latent cache of a session
-    index cache = 0;            ///< the same for a full context, in whole blocks
-    index going_back = 0;       ///< of a session: its checkpoints, and what replays need
+    index tokenizer = 0;
+    index workspace = 0;  ///< per batch in flight: one for each thread that runs sessions
 
-    [[nodiscard]] index session() const { return state + cache + going_back; }
-    [[nodiscard]] index total(index sessions = 1) const { return weights + workspace + sessions * session(); }
+    // Of a session.
+    index state = 0;            ///< whatever its length: the recurrent state, and the logits behind it
+    index cache_per_token = 0;  ///< of the latent cache
+    index cache = 0;            ///< the same for a full context, in whole blocks
+    index tokens = 0;           ///< the list of them, for a full context
+    index checkpoints = 0;      ///< as many states again as its options allow
+    index replay = 0;           ///< the state that a replay begins with, the next such, and the rows between
+
+    [[nodiscard]] index session() const { return state + cache + tokens + checkpoints + replay; }
+    [[nodiscard]] index total(index sessions = 1) const {
+        return weights + tokenizer + workspace + sessions * session();
+    }
 };
 
 namespace detail {
@@ -151,22 +159,26 @@ inline index bytes_per_token(const gguf& file, const config& c, const memory_lay
 struct plan_options {
     backend_options backend;
     index weight_bytes = 0;
+    index tokenizer_bytes = 0;
     index batch_rows = 0;
     index context = 0;
-    index checkpoints = 0;  ///< states that a session keeps
-    index replay = 0;       ///< tokens that it can go back by replay
+    index checkpoint_bytes = 0;  ///< what a session may keep in checkpoints
+    index replay = 0;            ///< tokens that it can go back by replay
 };
 
 template <backend B>
 memory_plan make_plan(const config& c, const plan_options& o) {
     const memory_layout layout = c.memory(o.backend.precision);
-    const index window = o.replay == 0 ? 0 : layout.recurrent_bytes() + replay_window_bytes(layout, o.replay);
+    const index state = state_bytes(layout, c.vocabulary);
     return {.weights = o.weight_bytes,
+            .tokenizer = o.tokenizer_bytes,
             .workspace = workspace_bytes<B>(c, o.backend, o.batch_rows, o.context),
-            .state = layout.recurrent_bytes(),
+            .state = state,
             .cache_per_token = layout.mla_layers * layout.latent_row_bytes(),
             .cache = static_cast<index>(layout.blocks(o.context)) * layout.block_bytes(),
-            .going_back = o.checkpoints * layout.recurrent_bytes() + window};
+            .tokens = o.context * static_cast<index>(sizeof(token)),
+            .checkpoints = std::min(o.checkpoint_bytes / state, o.context) * state,
+            .replay = o.replay == 0 ? 0 : 2 * state + replay_window_bytes(layout, o.replay)};
 }
 
 }  // namespace keel::inline KEEL_ABI

@@ -68,6 +68,8 @@ public:
         return std::string_view(bytes_).substr(ends_[i], ends_[i + 1] - ends_[i]);
     }
 
+    std::size_t memory_bytes() const { return bytes_.capacity() + ends_.capacity() * sizeof ends_[0]; }
+
 private:
     std::string bytes_;
     std::vector<std::size_t> ends_{0};
@@ -107,6 +109,8 @@ public:
     token find(std::string_view text, const token_texts& texts) const {
         return slots_[find_slot(text, hash_of(text), texts)].id;
     }
+
+    std::size_t memory_bytes() const { return slots_.size() * sizeof slots_[0]; }
 
 private:
     struct slot {
@@ -149,6 +153,10 @@ public:
 
     std::uint32_t rank(token left, token right) const { return slots_[find_slot(left, right)].rank; }
     token merged(std::uint32_t rank) const { return merged_[rank]; }
+
+    std::size_t memory_bytes() const {
+        return slots_.size() * sizeof slots_[0] + merged_.capacity() * sizeof merged_[0];
+    }
 
 private:
     struct slot {

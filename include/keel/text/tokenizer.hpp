@@ -150,6 +150,12 @@ public:
     /// The file's own template (Jinja text), for hosts that want to run it; keel uses text/chat.hpp.
     [[nodiscard]] const std::string& chat_template() const { return chat_template_; }
 
+    /// What its tables take.
+    [[nodiscard]] index memory_bytes() const {
+        return static_cast<index>(types_.size() + texts_.memory_bytes() + index_.memory_bytes() +
+                                  merges_.memory_bytes());
+    }
+
 private:
     [[noreturn]] static void fail(errc code, const std::string& what) { throw error(code, "tokenizer", what); }
 
