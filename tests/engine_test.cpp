@@ -120,7 +120,7 @@ TEMPLATE_TEST_CASE("exact sessions give the same bits however their tokens come"
     auto whole = model.start();
     whole.feed(tokens);
     const std::vector<float> expected(whole.logits().begin(), whole.logits().end());
-    for (const std::size_t split : {1, 7, 64, 65}) {
+    for (const std::size_t split : {1u, 7u, 64u, 65u}) {
         auto session = model.start();
         for (std::size_t i = 0; i < tokens.size(); i += split) {
             session.feed(std::span<const token>(tokens).subspan(i, std::min(split, tokens.size() - i)));

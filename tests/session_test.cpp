@@ -81,7 +81,7 @@ int random_operations(const keel::engine& engine, unsigned seed, int operations,
                 if (s.position() > 0) s.next(sample);
                 break;
             case 3:
-                if (sessions.size() < 4) sessions.push_back(keel::session(s));
+                if (sessions.size() < 4) sessions.emplace_back(s);
                 break;
             case 4:
                 if (sessions.size() > 1) sessions.erase(sessions.begin() + below(static_cast<int>(sessions.size())));

@@ -26,7 +26,10 @@ struct plan {
 };
 
 /// Every test at every depth. A session is filled up to the depth once; each repetition goes on from a copy of it.
-std::vector<bench::result> run(const bench::model& model, const bench::options& options, const plan& tests) {
+/// `reading` tells what memory gives at the moment, 0 if that is not wanted.
+template <class Reading>
+std::vector<bench::result> run(const bench::model& model, const bench::options& options, const plan& tests,
+                               Reading&& reading) {
     const std::int64_t longest = *std::max_element(tests.prompts.begin(), tests.prompts.end());
     const std::int64_t deepest = *std::max_element(tests.depths.begin(), tests.depths.end());
     const std::int64_t needed = deepest + std::max(longest, tests.generate);
@@ -45,7 +48,10 @@ std::vector<bench::result> run(const bench::model& model, const bench::options& 
         depth_now = depth;
         for (const std::int64_t prompt : tests.prompts) {
             if (prompt == 0) continue;
-            bench::result r{"prefill", prompt, depth, {}, 0, model.operations_per_token()};
+            bench::result r{.test = "prefill",
+                            .tokens = prompt,
+                            .depth = depth,
+                            .operations_per_token = model.operations_per_token()};
             for (int i = 0; i < tests.repetitions; ++i) {
                 const auto session = filled->fork();
                 const auto tokens = random.draw(prompt);
@@ -55,13 +61,13 @@ std::vector<bench::result> run(const bench::model& model, const bench::options& 
             results.push_back(std::move(r));
         }
         if (tests.generate > 0) {
-            bench::result r{"decode",
-                            tests.generate,
-                            depth,
-                            {},
-                            model.bytes_per_token(depth + tests.generate / 2),
-                            model.operations_per_token()};
+            bench::result r{.test = "decode",
+                            .tokens = tests.generate,
+                            .depth = depth,
+                            .bytes_per_token = model.bytes_per_token(depth + tests.generate / 2),
+                            .operations_per_token = model.operations_per_token()};
             for (int i = 0; i < tests.repetitions; ++i) {
+                if (const double rate = reading(); rate > 0) r.reading.push_back(rate);
                 const auto session = filled->fork();
                 const auto tokens = random.draw(tests.generate);
                 const double time = bench::seconds([&] {
@@ -169,7 +175,8 @@ int main(int argc, char** argv) {
             std::unique_ptr<bench::model> model;
             const double load_seconds = bench::seconds([&] { model = runner->load(); });
             const auto machine = bench::describe_machine(*runner, !no_limits);
-            const auto results = run(*model, options, tests);
+            const auto results =
+                run(*model, options, tests, [&] { return no_limits ? 0.0 : runner->measure_reading(); });
             bench::print(format, options, machine, *model, load_seconds, results);
         }
         return 0;

@@ -44,6 +44,11 @@ ordered_json share(double reached, double limit) {
     return limit > 0 && reached > 0 ? ordered_json(reached / limit) : ordered_json();
 }
 
+std::vector<double> scaled(std::vector<double> values, double factor) {
+    for (double& x : values) x *= factor;
+    return values;
+}
+
 ordered_json record(const options& o, const machine& m) {
     return {{"keel", KEEL_VERSION},
             {"processor", m.processor},
@@ -121,6 +126,14 @@ double result::spread() const {
     return tokens_per_second.size() < 2 ? 0 : std::sqrt(squares / static_cast<double>(tokens_per_second.size() - 1));
 }
 
+double result::share_of_reading() const {
+    std::vector<double> shares;
+    for (std::size_t i = 0; i < reading.size(); ++i) {
+        shares.push_back(tokens_per_second[i] * bytes_per_token / reading[i]);
+    }
+    return shares.empty() ? 0 : median(shares);
+}
+
 void print(const std::string& format, const options& o, const machine& m, const model& measured, double load_seconds,
            const std::vector<result>& results) {
     ordered_json about = record(o, m);
@@ -143,10 +156,11 @@ void print(const std::string& format, const options& o, const machine& m, const 
                         {"tok_s", rate},
                         {"spread", r.spread()},
                         {"gb_s", bytes > 0 ? ordered_json(bytes / 1e9) : ordered_json()},
-                        {"share_of_reading", share(bytes, m.most.bytes_per_second)},
+                        {"share_of_reading", share(r.share_of_reading(), 1)},
                         {"gop_s", operations / 1e9},
                         {"share_of_arithmetic", share(operations, most)},
-                        {"samples", r.tokens_per_second}});
+                        {"samples", r.tokens_per_second},
+                        {"reading_gb_s", scaled(r.reading, 1e-9)}});
     }
     print_rows(format, about, "results", rows, [&] {
         std::printf("%s: %.2f GiB, loaded in %.2f s\n\n", about["model"].get<std::string>().c_str(),

@@ -25,11 +25,13 @@ machine describe_machine(const runner& r, bool with_limits);
 struct result {
     std::string test;  ///< prefill or decode
     std::int64_t tokens = 0, depth = 0;
-    std::vector<double> tokens_per_second;  ///< one per repetition
-    double bytes_per_token = 0;             ///< decode only
+    std::vector<double> tokens_per_second = {};  ///< one per repetition
+    double bytes_per_token = 0;                  ///< decode only
+    std::vector<double> reading = {};  ///< bytes per second that memory gave right before each repetition, if known
     double operations_per_token = 0;
 
-    [[nodiscard]] double spread() const;  ///< standard deviation
+    [[nodiscard]] double spread() const;            ///< standard deviation
+    [[nodiscard]] double share_of_reading() const;  ///< median over the repetitions; 0: unknown
 };
 
 /// Prints all of it on standard output, as "md", "json" or "csv".

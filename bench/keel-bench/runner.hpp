@@ -82,6 +82,8 @@ public:
     [[nodiscard]] virtual int threads() const = 0;
     [[nodiscard]] virtual std::unique_ptr<model> load() const = 0;
     [[nodiscard]] virtual limits measure_limits() const = 0;
+    /// limits::bytes_per_second alone, as it is now: it drifts where other machines share the memory.
+    [[nodiscard]] virtual double measure_reading() const = 0;
     virtual void measure_operations(const operation_sink& sink) const = 0;
 };
 

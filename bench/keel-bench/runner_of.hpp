@@ -103,6 +103,11 @@ public:
         keel::thread_pool pool(options_.threads);
         return limits_of(pool);
     }
+    [[nodiscard]] double measure_reading() const override {
+        if (options_.backend == "cuda") return 0;
+        keel::thread_pool pool(options_.threads);
+        return bench::measure_reading(pool);
+    }
     void measure_operations(const operation_sink& sink) const override {
         operations_of<B>(keel::backend_options{precision(), options_.threads, 0}, sink);
     }

@@ -27,11 +27,11 @@ def run(command):
     return json.loads(done.stdout)
 
 
-def keel(a, first):
+def keel(a):
     command = [a.keel, "-m", a.model, "-p", a.prompts, "-n", str(a.tokens), "-d", a.depths, "-r", "1", "-o", "json"]
     command += ["-t", str(a.threads), "--backend", a.backend, "--precision", a.precision]
-    record = run(command if first else command + ["--no-limits"])
-    return {(r["test"], r["tokens"], r["depth"]): r["samples"] for r in record["results"]}, record
+    record = run(command)
+    return {(r["test"], r["tokens"], r["depth"]): r for r in record["results"]}, record
 
 
 def peer(a):
@@ -73,26 +73,22 @@ def main():
     p.add_argument("--note", default="", help="goes into the CSV: what else the machine was doing")
     a = p.parse_args()
 
-    ours, theirs, about = {}, {}, None
+    ours, theirs, shares = {}, {}, {}
     load = []
     for i in range(a.rounds):
         load.append(os.getloadavg()[0])
         print(f"round {i + 1} of {a.rounds}, load {load[-1]:.1f}", file=sys.stderr)
         for test, samples in peer(a).items():
             theirs.setdefault(test, []).extend(samples)
-        samples_of, record = keel(a, i == 0)
-        about = about or record
-        for test, samples in samples_of.items():
-            ours.setdefault(test, []).extend(samples)
+        results, about = keel(a)
+        for test, r in results.items():
+            ours.setdefault(test, []).extend(r["samples"])
+            shares.setdefault(test, []).append(r["share_of_reading"])
 
     rows = []
-    facts = {(r["test"], r["tokens"], r["depth"]): r for r in about["results"]}
     for test in sorted(ours, key=lambda t: (t[0], t[2], t[1])):
         mine, other = statistics.median(ours[test]), statistics.median(theirs[test])
-        fact = facts[test]
-        share = None
-        if fact["gb_s"] and about["read_gb_s"]:
-            share = fact["gb_s"] / fact["tok_s"] * mine / about["read_gb_s"]
+        share = None if None in shares[test] else statistics.median(shares[test])
         rows.append({"date": time.strftime("%Y-%m-%d"), "commit": commit(), "processor": about["processor"],
                      "instruction_set": about["instruction_set"], "threads": about["threads"], "backend": a.backend,
                      "precision": a.precision, "read_gb_s": round(about["read_gb_s"], 1), "model": about["model"],
@@ -115,6 +111,11 @@ def main():
     folder = pathlib.Path(a.results) / (a.machine or machine_name(about))
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / (pathlib.Path(a.model).stem + ".csv")
+    if target.exists():  # what was not measured this time stays
+        measured = {(r["test"], str(r["tokens"]), str(r["depth"]), r["backend"], r["precision"]) for r in rows}
+        with open(target, newline="", encoding="utf-8") as file:
+            rows += [r for r in csv.DictReader(file)
+                     if (r["test"], r["tokens"], r["depth"], r["backend"], r["precision"]) not in measured]
     with open(target, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()

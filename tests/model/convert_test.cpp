@@ -267,7 +267,7 @@ TEST_CASE("damaged files of a checkpoint are named") {
 }
 
 TEST_CASE("keys of config.json that are missing or cannot be are named") {
-    const auto set = [](const char* key, nlohmann::ordered_json value) {
+    const auto set = [](const char* key, const nlohmann::ordered_json& value) {
         return [=](checkpoint& c) { c.config[key] = value; };
     };
     for (const char* key :

@@ -29,7 +29,7 @@ TEMPLATE_TEST_CASE("every intermediate result agrees with the oracle", "[golden]
 
 TEMPLATE_TEST_CASE("the states after a prompt agree with the oracle", "[golden]", reference, cpu) {
     for (const char* name : {"tiny-f32", "small-q8"}) {
-        for (const std::size_t split : {65, 1, 16}) golden::check_states<TestType>(name, split);
+        for (const std::size_t split : {65u, 1u, 16u}) golden::check_states<TestType>(name, split);
     }
 }
 

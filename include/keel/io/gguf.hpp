@@ -32,9 +32,9 @@ namespace detail {
 
 /// "-00002-of-00003.gguf" for shard 1 of 3.
 inline std::string split_suffix(std::uint64_t shard, std::uint64_t count) {
+    const unsigned long long number = shard + 1, of = count;
     char text[64];
-    std::snprintf(text, sizeof text, "-%05llu-of-%05llu.gguf", static_cast<unsigned long long>(shard + 1),
-                  static_cast<unsigned long long>(count));
+    std::snprintf(text, sizeof text, "-%05llu-of-%05llu.gguf", number, of);
     return text;
 }
 

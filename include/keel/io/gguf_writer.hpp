@@ -156,8 +156,10 @@ public:
         std::vector<std::filesystem::path> paths;
         for (const auto& file : files_) paths.push_back(file.path());
         // The first file is the one that users open: it comes last, when its set is complete.
-        for (auto file = files_.rbegin(); file != files_.rend(); ++file) file->commit();
-        files_.clear();
+        while (!files_.empty()) {
+            files_.back().commit();
+            files_.pop_back();
+        }
         return paths;
     }
 

@@ -165,10 +165,10 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
         }
 #endif
         if constexpr (is_float_block<Block>) {
-            using T = std::remove_cvref_t<decltype(Block{}.value.get())>;
+            using element = std::remove_cvref_t<decltype(Block{}.value.get())>;
             for_rows([&]<int R>(index o, index apart) {
-                const T* rows[R];
-                for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const T*>(w.row(o + r * apart));
+                const element* rows[R];
+                for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const element*>(w.row(o + r * apart));
                 multiply_floats(rows, w.columns, in, o, apart, emit);
             });
         } else if (as == operand::floats) {
