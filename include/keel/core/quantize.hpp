@@ -19,6 +19,7 @@
 #include <keel/core/quant.hpp>
 #include <keel/core/quantize_k.hpp>
 #include <keel/core/quantize_search.hpp>
+#include <keel/core/quantize_tile.hpp>
 #include <keel/core/view.hpp>
 
 namespace keel::inline KEEL_ABI {

@@ -20,6 +20,7 @@
 #include <keel/core/error.hpp>
 #include <keel/core/progress.hpp>
 #include <keel/core/quantize.hpp>
+#include <keel/core/quantize_tile.hpp>
 #include <keel/core/view.hpp>
 #include <keel/io/gguf_writer.hpp>
 #include <keel/model/weights.hpp>
