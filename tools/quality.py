@@ -5,7 +5,8 @@
 Measures what quantisation costs: size, perplexity and KL divergence of every type that keel writes, beside the files
 of llama-quantize (in DIR), and how much each kind of tensor matters. Both makers' files are evaluated by keel, in
 exact precision, so that only the weights differ. Replaces the tables in the document between their markers; without
---out, prints them. TEXT is what is evaluated, STUDY_TEXT another one, for the study of tensors."""
+--out, prints them. TEXT is what is evaluated, STUDY_TEXT another one, for importance matrices and the study of
+tensors."""
 import argparse
 import json
 import pathlib
@@ -56,14 +57,19 @@ def types():
     yield "| type | made by | MB | perplexity | KL mean | KL median | KL 99 % | same top token |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|"
     yield f"| bf16 | | {size / 1e6:.2f} | {whole['perplexity']:.3f} ± {whole['perplexity_error']:.3f} | | | | |"
-    for ours, theirs in TYPES.items():
-        makers = {"keel": lambda: keel("quantize", options.model, made, ours, "--force")}
+    importance = pathlib.Path(scratch.name, "importance")
+    keel("imatrix", "-m", options.model, "-f", options.study_text, importance)
+    rows = [(ours, ours, theirs, []) for ours, theirs in TYPES.items()]
+    rows.append(("q4_k_m, imatrix", "q4_k_m", "Q4_K_M", ["--imatrix", importance]))
+    for name, ours, theirs, more in rows:
+        makers = {"keel": lambda: keel("quantize", options.model, made, ours, *more, "--force")}
         if options.peer:
-            makers["llama.cpp " + theirs] = lambda: run(options.peer / "llama-quantize", options.model, made, theirs)
+            makers["llama.cpp " + theirs] = lambda: run(options.peer / "llama-quantize", *more, options.model, made,
+                                                        theirs)
         for maker, make in makers.items():
             make()
             r = perplexity(made, "--kld-base", base)
-            yield (f"| {ours} | {maker} | {made.stat().st_size / 1e6:.2f} | {r['perplexity']:.3f} "
+            yield (f"| {name} | {maker} | {made.stat().st_size / 1e6:.2f} | {r['perplexity']:.3f} "
                    f"| {r['kld_mean']:.5f} ± {r['kld_mean_error']:.5f} | {r['kld_median']:.5f} | {r['kld_99']:.4f} "
                    f"| {100 * r['top1_agreement']:.2f} % |")
 
