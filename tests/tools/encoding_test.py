@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""`keel quantize`, `imatrix` and `perplexity` from the outside; `convert` as far as it goes without a checkpoint."""
+"""`keel quantize`, `imatrix` and `perplexity` from the outside."""
 import json
 import os
 import pathlib
+import pty
+import re
 import subprocess
 import tempfile
 import unittest
@@ -34,6 +36,30 @@ class Encoding(unittest.TestCase):
         for threads in (1, 3):
             keel("quantize", MODEL, self.folder / f"{threads}", "q4_k_m", "-t", threads)
         self.assertEqual((self.folder / "1").read_bytes(), (self.folder / "3").read_bytes())
+
+    def test_a_terminal_is_told_how_long_it_takes_and_a_pipe_is_not(self):
+        large = self.folder / "large"  # a hundred million weights, so that no machine is done in a third of a second
+        keel("synth", "small", large, "--layers", 4, "--type", "bf16")
+        slow = [KEEL, "quantize", large, self.folder / "out", "iq4_nl", "-t", "1", "--force"]
+        screen, terminal = pty.openpty()
+        with subprocess.Popen(slow, stdout=subprocess.DEVNULL, stderr=terminal) as running:
+            os.close(terminal)
+            shown = b""
+            try:
+                while part := os.read(screen, 4096):
+                    shown += part
+            except OSError:  # how Linux ends a terminal
+                pass
+        os.close(screen)
+        self.assertEqual(running.returncode, 0)
+        drawn = re.findall(rb"\rquantize \[(#*)( *)\] +(\d+) %, \d+ s left", shown)
+        self.assertGreater(len(drawn), 1)
+        for done, left, percent in drawn:
+            self.assertEqual(len(done) + len(left), 30)
+            self.assertAlmostEqual(len(done) / 30, int(percent) / 100, delta=0.04)
+        self.assertEqual(sorted(int(percent) for _, _, percent in drawn), [int(percent) for _, _, percent in drawn])
+        self.assertTrue(shown.endswith(b"\r\33[K"))  # nothing stays of it
+        self.assertEqual(subprocess.run(slow, capture_output=True, check=True).stderr, b"")
 
     def test_split_size(self):
         keel("quantize", MODEL, self.folder / "out.gguf", "bf16", "--split-size", "1M")

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <memory>
 #include <stdexcept>
 
 #if defined(_WIN32)
@@ -31,8 +32,11 @@ std::string read_text(const std::string& path) {
 progress progress_bar() {
     if (isatty(fileno(stderr)) == 0) return {};
     using clock = std::chrono::steady_clock;
-    return [begun = clock::now(), drawn = clock::time_point{}](std::string_view stage, std::uint64_t done,
-                                                               std::uint64_t total) mutable {
+    struct times {
+        clock::time_point begun = clock::now(), drawn = {};
+    };
+    return [shared = std::make_shared<times>()](std::string_view stage, std::uint64_t done, std::uint64_t total) {
+        auto& [begun, drawn] = *shared;  // copies of this function draw one bar
         const auto now = clock::now();
         if (done == 0) begun = now;
         const bool slow = now - begun > std::chrono::milliseconds(300);  // what is quick needs no bar
