@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""make_checkpoint.py FOLDER [--layers N] [--experts N] [--shard-gib G]: random weights as a Hugging Face checkpoint
-of Kimi-Linear-48B, with its tensor names, shapes and vocabulary size, to try the converter on something large."""
+"""make_checkpoint.py FOLDER [--layers N] [--experts N] [--shard-gib G] [--tiny]: random weights as a Hugging Face
+checkpoint of Kimi-Linear-48B, with its tensor names, shapes and vocabulary size, to try the converter on something
+large; or with shapes of a few hundred KiB in all, to check every value of what it makes."""
 import argparse
 import base64
 import json
@@ -14,10 +15,14 @@ options.add_argument("folder", type=pathlib.Path)
 options.add_argument("--layers", type=int, default=4, help="27 in the released model; every 4th and the last are MLA")
 options.add_argument("--experts", type=int, default=256)
 options.add_argument("--shard-gib", type=float, default=2)
+options.add_argument("--tiny", action="store_true")
 options = options.parse_args()
 
 HIDDEN, HEADS, DIM, KERNEL, RANK, OWN, POSITION, VALUE = 2304, 32, 128, 4, 512, 128, 64, 128
 DENSE_FF, EXPERT_FF, VOCABULARY, RANKS = 9216, 1024, 163840, 163584
+if options.tiny:
+    HIDDEN, HEADS, DIM, KERNEL, RANK, OWN, POSITION, VALUE = 64, 3, 16, 4, 32, 24, 8, 16
+    DENSE_FF, EXPERT_FF, VOCABULARY, RANKS = 96, 40, 400, 300
 CHANNELS = HEADS * DIM
 full = [i for i in range(1, options.layers + 1) if i % 4 == 0 or i == options.layers]
 
@@ -105,7 +110,7 @@ for s, shard in enumerate(shards):
     with open(options.folder / file_name, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for i in range(0, end, 1 << 20):
-            out.write(blocks[(i >> 20) % len(blocks)][: min(1 << 20, end - i)])
+            out.write(blocks[(s + (i >> 20)) % len(blocks)][: min(1 << 20, end - i)])
 (options.folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
