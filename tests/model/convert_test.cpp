@@ -280,6 +280,13 @@ TEST_CASE("keys of config.json that are missing or cannot be are named") {
     for (const char* key : {"head_dim", "num_heads", "short_conv_kernel_size", "kda_layers", "full_attn_layers"}) {
         fails(errc::format, {"config.json", "linear_attn_config", key},
               [=](checkpoint& c) { c.config["linear_attn_config"].erase(key); });
+        fails(errc::format, {"config.json", "linear_attn_config", key},
+              [=](checkpoint& c) { c.config["linear_attn_config"][key] = "text"; });
+    }
+    for (const char* key : {"model_max_length", "first_k_dense_replace", "num_shared_experts", "moe_layer_freq",
+                            "num_expert_group", "q_lora_rank", "mla_use_nope", "tie_word_embeddings", "hidden_act",
+                            "moe_router_activation_func", "moe_renormalize"}) {
+        fails(errc::format, {"config.json", key}, set(key, {{"not", "this"}}));
     }
     fails(errc::format, {"hidden_size", "is not an integer"}, set("hidden_size", 64.5));
     fails(errc::format, {"hidden_size", "expected 1 to"}, set("hidden_size", -64));
