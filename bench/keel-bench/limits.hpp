@@ -52,7 +52,7 @@ inline double measure_reading(keel::thread_pool& pool) {
         const auto mine = part(share, shares);
         std::fill(mine.begin(), mine.end(), std::uint64_t{1});
     });
-    typedef std::uint64_t lanes __attribute__((vector_size(64)));
+    using lanes [[gnu::vector_size(64)]] = std::uint64_t;
     constexpr std::size_t step = sizeof(lanes) / sizeof(std::uint64_t);
     const double seconds = best_seconds(pool, [&](int share, int shares) {
         const auto mine = part(share, shares);
@@ -85,7 +85,7 @@ inline double measure_floats(keel::thread_pool& pool) {
 #else
     constexpr int width = 16;
 #endif
-    typedef float floats __attribute__((vector_size(width)));
+    using floats [[gnu::vector_size(width)]] = float;
     constexpr int lanes = width / 4, accumulators = 10;
     return measure_rate(pool, 2.0 * lanes * accumulators, [](int rounds) {
         floats sums[accumulators] = {};

@@ -111,6 +111,7 @@ void add_common(CLI::App& command, bench::options& options, std::string& format)
 
 }  // namespace
 
+// NOLINTNEXTLINE(bugprone-exception-escape): an option that cannot be declared is a mistake in this function
 int main(int argc, char** argv) {
     CLI::App app{"keel-bench: how fast keel runs a model, and how close that is to the limits of the machine"};
     app.set_version_flag("--version", KEEL_VERSION);

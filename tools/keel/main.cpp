@@ -58,6 +58,7 @@ void add_encoding(CLI::App& command, Options& options) {
 
 }  // namespace
 
+// NOLINTNEXTLINE(bugprone-exception-escape): an option that cannot be declared is a mistake in this function
 int main(int argc, char** argv) {
     CLI::App app{"keel: Kimi-Linear models on this machine"};
     app.set_version_flag("--version", KEEL_VERSION);

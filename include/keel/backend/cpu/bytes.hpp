@@ -287,8 +287,8 @@ inline bytes32 repeat4(const std::int8_t* p) {
 /// as numbers of 32, so that no byte has to leave its place, and any vector unit will do.
 template <bool SignedWeights>
 ints8 dot4(ints8 sums, bytes32 w, bytes32 x) {
-    typedef std::int16_t shorts __attribute__((vector_size(16)));
-    typedef std::int32_t ints __attribute__((vector_size(16)));
+    using shorts [[gnu::vector_size(16)]] = std::int16_t;
+    using ints [[gnu::vector_size(16)]] = std::int32_t;
     for (int half = 0; half < 2; ++half) {
         shorts a, b;
         ints sum;
