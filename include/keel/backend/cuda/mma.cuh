@@ -66,6 +66,11 @@ __device__ inline void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+/// Waits for `threads` threads, whole warps, at the barrier `id` of 16; __syncthreads() is the one with number 0.
+__device__ inline void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /// A barrier in shared memory that counts arrivals and, on sm_90, the bytes of bulk copies.
 struct barrier {
     std::uint64_t state;
