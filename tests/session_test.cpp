@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
@@ -57,95 +58,148 @@ void write_file(const fs::path& path, const std::vector<char>& bytes) {
 
 /// Random operations on a handful of sessions, each of which must always agree with a fresh one. Answers how often
 /// something was not as it should be; Catch2 may not be asked on several threads.
-int random_operations(const keel::engine& engine, unsigned seed, int operations, int check_every) {
-    int wrong = 0;
-    const auto expect = [&](bool good) { wrong += good ? 0 : 1; };
-    std::mt19937 random(seed);
-    const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
-    const auto file = temporary("random-" + std::to_string(seed));
-    const keel::session_options options{.context = 400,
-                                        .checkpoint_bytes = 3 * engine.plan().state,
-                                        .checkpoint_every = 50,
-                                        .replay = static_cast<keel::index>(seed % 3 * 6)};
-    std::vector<keel::session> sessions{engine.start(options)};
-    keel::sampler sample({.seed = seed});
-    for (int i = 0; i < operations; ++i) {
-        auto& s = sessions[static_cast<std::size_t>(below(static_cast<int>(sessions.size())))];
-        if (s.position() > 300) s.rewind(below(100));
-        switch (below(10)) {
+class random_operations {
+public:
+    random_operations(const keel::engine& engine, unsigned seed)
+        : engine_(engine),
+          options_{.context = 400,
+                   .checkpoint_bytes = static_cast<keel::index>(1 + seed % 4) * engine.plan().state,
+                   .checkpoint_every = 50,
+                   .replay = static_cast<keel::index>(seed % 3 * 6)},
+          file_(temporary("random-" + std::to_string(seed))),
+          random_(seed),
+          sample_({.seed = seed}),
+          all_{{engine.start(options_), std::nullopt}} {}
+
+    int run(int operations, int check_every) {
+        for (int i = 0; i < operations; ++i) {
+            live& one = all_[static_cast<std::size_t>(below(static_cast<int>(all_.size())))];
+            if (one.session.position() > 300) rewind(one, below(100));
+            operate(one);
+            if (i % check_every != 0) continue;
+            for (auto& each : all_) {
+                if (each.session.position() > 0) expect(agrees_with_fresh(engine_, each.session));
+            }
+        }
+        fs::remove(file_);
+        return wrong_;
+    }
+
+private:
+    struct live {
+        keel::session session;
+        std::optional<keel::index> mark;  // of its last checkpoint()
+    };
+
+    void expect(bool good) { wrong_ += good ? 0 : 1; }
+    int below(int n) { return static_cast<int>(random_() % static_cast<unsigned>(n)); }
+    std::vector<token> draw(int most) { return some_tokens(1 + below(most), below(480)); }
+
+    void rewind(live& one, keel::index position) {
+        const auto how = one.session.rewind(position);
+        expect(how.reused + how.replayed + how.computed == position);
+        if (one.mark > position) one.mark.reset();
+    }
+
+    void restore(live& one) {
+        try {
+            one.session.restore();
+            expect(one.mark == one.session.position());
+            expect(one.session.position() == 0 || one.session.ready());
+        } catch (const keel::error& e) {
+            expect(e.code() == errc::argument && !one.mark);
+        }
+    }
+
+    void sync(live& one) {
+        const std::vector<token> before(one.session.tokens().begin(), one.session.tokens().end());
+        std::vector<token> other = before;
+        other.resize(static_cast<std::size_t>(below(static_cast<int>(other.size()) + 1)));
+        for (const token t : draw(20)) other.push_back(t);
+        const auto how = one.session.sync(other);
+        expect(std::ranges::equal(one.session.tokens(), other));
+        expect(how.reused + how.replayed + how.computed == one.session.position());
+        if (one.mark > std::ranges::mismatch(other, before).in1 - other.begin()) one.mark.reset();
+    }
+
+    void step_together() {
+        std::vector<keel::session*> sessions;
+        for (auto& one : all_) {
+            if (below(2) == 0) one.session.append(draw(30));
+            sessions.push_back(&one.session);
+        }
+        while (engine_.step(sessions, 1 + below(100)) > 0) {
+        }
+    }
+
+    void cancel(keel::session& s) {
+        const auto position = s.position();
+        bool cancelled = false;
+        try {
+            s.feed(some_tokens(70), {.tell = [](const auto& r) { return r.done == 0; }});
+        } catch (const keel::error& e) {
+            cancelled = e.code() == errc::cancelled;
+        }
+        expect(cancelled && s.position() >= position);
+    }
+
+    void operate(live& one) {
+        keel::session& s = one.session;
+        switch (below(12)) {
             case 0:
-                s.feed(some_tokens(1 + below(60), below(480)));
+                s.feed(draw(60));
                 break;
             case 1:
             case 2:
-                if (s.position() > 0) s.next(sample);
+                if (s.position() > 0) s.next(sample_);
                 break;
             case 3:
-                if (sessions.size() < 4) sessions.emplace_back(s);
+                if (all_.size() < 4) all_.push_back(live(one));
                 break;
             case 4:
-                if (sessions.size() > 1) sessions.erase(sessions.begin() + below(static_cast<int>(sessions.size())));
+                if (all_.size() > 1) all_.erase(all_.begin() + below(static_cast<int>(all_.size())));
                 break;
             case 5:
-                s.rewind(below(static_cast<int>(s.position()) + 1));
+                rewind(one, below(static_cast<int>(s.position()) + 1));
                 break;
             case 6:
                 s.checkpoint();
+                one.mark = s.position();
                 break;
-            case 7: {
-                std::vector<token> other(s.tokens().begin(), s.tokens().end());
-                other.resize(static_cast<std::size_t>(below(static_cast<int>(other.size()) + 1)));
-                for (const token t : some_tokens(below(20), below(480))) other.push_back(t);
-                const auto how = s.sync(other);
-                expect(std::ranges::equal(s.tokens(), other));
-                expect(how.reused + how.replayed + how.computed == s.position());
+            case 7:
+                restore(one);
                 break;
-            }
-            case 8: {
+            case 8:
+                sync(one);
+                break;
+            case 9:
                 if (below(4) > 0) break;
-                s.save(file);
-                s = engine.resume(file, options);
+                s.save(file_);
+                s = engine_.resume(file_, options_);
                 break;
-            }
-            case 9: {
-                std::vector<keel::session*> all;
-                for (auto& one : sessions) {
-                    if (below(2) == 0) one.append(some_tokens(1 + below(30), below(480)));
-                    all.push_back(&one);
-                }
-                while (engine.step(all, 1 + below(100)) > 0) {
-                }
-                if (below(2) == 0) {
-                    const auto position = s.position();
-                    const bool cancelled = [&] {
-                        try {
-                            s.feed(some_tokens(70), {.tell = [&](const auto& r) { return r.done == 0; }});
-                        } catch (const keel::error& e) {
-                            return e.code() == errc::cancelled;
-                        }
-                        return false;
-                    }();
-                    expect(cancelled);
-                    expect(s.position() >= position);
-                }
+            case 10:
+                step_together();
                 break;
-            }
-        }
-        if (i % check_every == 0) {
-            for (auto& one : sessions) {
-                if (one.position() > 0) expect(agrees_with_fresh(engine, one));
-            }
+            case 11:
+                if (below(2) == 0) cancel(s);
+                break;
         }
     }
-    fs::remove(file);
-    return wrong;
-}
+
+    const keel::engine& engine_;
+    keel::session_options options_;
+    fs::path file_;
+    std::mt19937 random_;
+    keel::sampler sample_;
+    std::vector<live> all_;
+    int wrong_ = 0;
+};
 
 }  // namespace
 
 TEST_CASE("random operations never disturb a session") {
     const auto engine = exact_engine();
-    for (unsigned seed = 0; seed < 10; ++seed) CHECK(random_operations(engine, seed, 1000, 20) == 0);
+    for (unsigned seed = 0; seed < 10; ++seed) CHECK(random_operations(engine, seed).run(1000, 20) == 0);
 }
 
 TEST_CASE("random operations on many threads never disturb a session") {
@@ -153,7 +207,7 @@ TEST_CASE("random operations on many threads never disturb a session") {
     std::vector<std::thread> threads;
     std::atomic<int> wrong = 0;
     for (unsigned seed = 100; seed < 108; ++seed) {
-        threads.emplace_back([&, seed] { wrong += random_operations(engine, seed, 1250, 50); });
+        threads.emplace_back([&, seed] { wrong += random_operations(engine, seed).run(1250, 50); });
     }
     for (auto& t : threads) t.join();
     CHECK(wrong == 0);
@@ -178,18 +232,56 @@ TEST_CASE("a session goes back by replay, to a checkpoint, or from the start, wh
         CHECK(how.computed <= 100);
         CHECK(agrees_with_fresh(engine, session));
     }
-    SECTION("an explicit checkpoint is gone back to at once") {
-        session.checkpoint();
-        session.feed(some_tokens(100, 9));
-        const auto how = session.rewind(250);
-        CHECK(how.computed == 0);
-        CHECK(how.reused == 250);
-        CHECK(session.ready());
-        CHECK(agrees_with_fresh(engine, session));
-    }
     SECTION("positions outside of the session are refused") {
         throws(errc::argument, "position 251", [&] { session.rewind(251); });
         throws(errc::argument, "position -1", [&] { session.rewind(-1); });
+    }
+}
+
+TEST_CASE("a checkpoint is restored as often as wanted, whatever came after it") {
+    const auto engine = keel::engine::open(tiny);  // also where computing again would give other bits
+    const keel::index state = engine.plan().state;
+    auto session = engine.start({.checkpoint_bytes = 2 * state});
+    throws(errc::argument, "no checkpoint", [&] { session.restore(); });
+    session.feed(some_tokens(250));
+    session.checkpoint();
+    const std::vector<float> logits(session.logits().begin(), session.logits().end());
+    for (int time = 0; time < 3; ++time) {
+        for (int turn = 0; turn < 6; ++turn) session.feed(some_tokens(30 + time, turn));
+        session.restore();
+        CHECK(session.position() == 250);
+        CHECK(session.ready());
+        CHECK(std::ranges::equal(session.logits(), logits));
+    }
+    SECTION("the next one takes its place") {
+        session.feed(some_tokens(10));
+        session.checkpoint();
+        session.feed(some_tokens(10));
+        session.restore();
+        CHECK(session.position() == 260);
+    }
+    SECTION("in front of it there is nothing to restore") {
+        session.rewind(249);
+        throws(errc::argument, "no checkpoint", [&] { session.restore(); });
+    }
+    SECTION("the beginning can be one, and needs no memory") {
+        auto empty = engine.start({.checkpoint_bytes = 0});
+        empty.checkpoint();
+        empty.feed(some_tokens(5));
+        throws(errc::capacity, std::to_string(state), [&] { empty.checkpoint(); });
+        empty.restore();
+        CHECK(empty.position() == 0);
+    }
+}
+
+TEST_CASE("checkpoints lie the denser the nearer they are to the end, as far as their memory reaches") {
+    const auto engine = exact_engine();
+    constexpr int turns = 200, length = 10;
+    auto session = engine.start({.context = 4096, .checkpoint_bytes = 16 * engine.plan().state});
+    for (int turn = 0; turn < turns; ++turn) session.feed(some_tokens(length, turn));
+    for (const int back : {1, 15, 40, 100, 333, 1000, 1500}) {
+        auto copy = session;
+        CHECK(copy.rewind(turns * length - back).computed <= 2 * back + length);
     }
 }
 
@@ -261,6 +353,49 @@ TEST_CASE("a saved session goes on where it was") {
     throws(errc::file, "nowhere", [&] { (void)engine.resume("/nowhere/s.keel"); });
     auto session = engine.start();
     throws(errc::file, "nowhere", [&] { session.save("/nowhere/s.keel"); });
+    fs::remove(file);
+}
+
+TEST_CASE("a resumed session goes back as the saved one would") {
+    const auto engine = exact_engine();
+    const auto file = temporary("checkpoints");
+    auto session = engine.start({.context = 2048, .checkpoint_every = 100});
+    session.feed(some_tokens(300));
+    session.checkpoint();
+    session.feed(some_tokens(200, 5));
+    session.feed(some_tokens(100, 7));
+    session.save(file);
+    for (const int target : {500, 450, 300, 200}) {
+        auto resumed = engine.resume(file, {.context = 2048}), copy = session;
+        const auto how = resumed.rewind(target), as_saved = copy.rewind(target);
+        CHECK(how.reused == as_saved.reused);
+        CHECK(how.reused > 0);
+        CHECK(agrees_with_fresh(engine, resumed));
+    }
+    const keel::index state = engine.plan().state;
+    for (const keel::index bytes : {state, 3 * state}) {  // less than the saved one had
+        auto resumed = engine.resume(file, {.context = 2048, .checkpoint_bytes = bytes});
+        resumed.restore();
+        CHECK(resumed.position() == 300);
+        CHECK(resumed.ready());
+        CHECK(agrees_with_fresh(engine, resumed));
+    }
+    auto none = engine.resume(file, {.context = 2048, .checkpoint_bytes = 0});
+    throws(errc::argument, "no checkpoint", [&] { none.restore(); });
+    CHECK(none.rewind(500).reused == 0);
+    fs::remove(file);
+}
+
+TEST_CASE("a snapshot of another version is refused, and both versions are named") {
+    const auto engine = exact_engine();
+    const auto file = temporary("version");
+    auto session = engine.start();
+    session.feed(some_tokens(20));
+    session.save(file);
+    auto bytes = read_file(file);
+    bytes[8] = 1;
+    write_file(file, bytes);
+    throws(errc::unsupported, "version 1, only 2", [&] { (void)engine.resume(file); });
     fs::remove(file);
 }
 
@@ -387,6 +522,64 @@ TEST_CASE("a limit of memory is kept, and the message says what would fit") {
     refused(plan.total() - plan.cache - plan.tokens, "a context of 1024 tokens without checkpoints would fit");
     refused(1000, "no context would fit");
     CHECK(open(plan.total() - 1).start({.context = 768, .checkpoint_bytes = 8 * state}).context() == 768);
+}
+
+namespace {
+
+/// Counts the memory that buffers have.
+class counted_buffer : public keel::host_buffer {
+public:
+    static inline keel::index now = 0, most = 0;
+
+    counted_buffer() = default;
+    explicit counted_buffer(keel::index bytes) : host_buffer(bytes) { count(size()); }
+    counted_buffer(const counted_buffer& other) : host_buffer(other) { count(size()); }
+    counted_buffer(counted_buffer&&) noexcept = default;
+    counted_buffer& operator=(const counted_buffer& other) {
+        const keel::index before = size();
+        host_buffer::operator=(other);
+        count(size() - before);
+        return *this;
+    }
+    counted_buffer& operator=(counted_buffer&&) noexcept = default;
+    ~counted_buffer() { count(-size()); }
+
+private:
+    static void count(keel::index bytes) {
+        now += bytes;
+        most = std::max(most, now);
+    }
+};
+
+struct counting_reference : keel::reference {
+    using reference::reference;
+    using buffer = counted_buffer;
+    [[nodiscard]] buffer allocate(keel::index bytes) const { return buffer(bytes); }
+};
+
+}  // namespace
+
+TEST_CASE("a session takes the memory that was planned, and no more") {
+    const auto engine = keel::basic_engine<counting_reference>::open(tiny, {.batch_rows = 64});
+    for (const int replay : {0, 8}) {
+        const keel::index row = engine.shape().vocabulary * 4, state = engine.plan().state;
+        const keel::session_options options{
+            .context = 600, .checkpoint_bytes = 3 * state, .checkpoint_every = 50, .replay = replay};
+        const auto plan = engine.plan(options);
+        const keel::index before = counted_buffer::now;
+        counted_buffer::most = before;
+        auto session = engine.start(options);
+        session.feed(some_tokens(300));
+        for (int i = 0; i < 90; ++i) session.feed(some_tokens(1, i));
+        session.rewind(385);
+        session.rewind(210);
+        session.checkpoint();
+        session.feed(some_tokens(390, 3));
+        session.restore();
+        // Logits are in host memory, which is not counted here.
+        const keel::index states = 4 + (replay > 0 ? 2 : 0);
+        CHECK(counted_buffer::most - before == plan.session() - plan.tokens - states * row);
+    }
 }
 
 TEST_CASE("options of a session that make no sense are named") {

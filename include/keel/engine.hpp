@@ -136,9 +136,9 @@ public:
         return {model_, context_of(shape(), options), options};
     }
 
-    /// A session that goes on where the saved one was. Throws errc::file, errc::format for a damaged file,
-    /// errc::unsupported for another version, errc::argument for another model's or precision's, errc::capacity if the
-    /// context cannot hold it.
+    /// A session that goes on where the saved one was, with as many of its checkpoints as the options allow. Throws
+    /// errc::file, errc::format for a damaged file, errc::unsupported for another version, errc::argument for another
+    /// model's or precision's, errc::capacity if the context cannot hold it.
     [[nodiscard]] basic_session<B> resume(const std::filesystem::path& path,
                                           const session_options& options = {}) const {
         require_memory(options);
@@ -153,9 +153,9 @@ public:
         std::vector<basic_session<B>*> waiting;
         for (basic_session<B>* s : sessions) {
             if (s->model_ != model_) throw error(errc::argument, "session", "belongs to another engine");
-            if (s->position() > s->state_.length()) waiting.push_back(s);
+            if (s->waiting() > 0) waiting.push_back(s);
         }
-        std::ranges::stable_sort(waiting, {}, [](const auto* s) { return s->position() - s->state_.length(); });
+        std::ranges::stable_sort(waiting, {}, [](const auto* s) { return s->waiting(); });
         std::deque<detail::one_at_a_time::hold> alone;
         std::vector<job<B>> jobs;
         index left = std::min(budget, model_->run.batch_rows()), context = 0;
@@ -168,7 +168,7 @@ public:
         }
         if (jobs.empty()) return 0;
         model_->run.run(jobs, context);
-        for (std::size_t i = 0; i < jobs.size(); ++i) waiting[i]->finish(jobs[i]);
+        for (std::size_t i = 0; i < jobs.size(); ++i) waiting[i]->sequence_.finish(jobs[i]);
         return std::min(budget, model_->run.batch_rows()) - left;
     }
 

@@ -24,10 +24,8 @@
 #include <keel/fwd.hpp>
 #include <keel/io/snapshot.hpp>
 #include <keel/model/executor.hpp>
-#include <keel/model/history.hpp>
-#include <keel/model/logits.hpp>
 #include <keel/model/saved_sequence.hpp>
-#include <keel/model/state.hpp>
+#include <keel/model/sequence.hpp>
 #include <keel/text/tokenizer.hpp>
 
 namespace keel::inline KEEL_ABI {
@@ -112,11 +110,12 @@ class basic_session {
 public:
     /// Appends tokens and runs the model over them. Throws errc::argument for an id outside the vocabulary and
     /// errc::capacity if the context cannot hold them, both before anything happens; errc::cancelled if progress says
-    /// so.
+    /// so; then those of the tokens stay whose batch has run.
     void feed(std::span<const token> tokens, const feed_options& options = {}) {
         const detail::one_at_a_time::hold alone(in_use_);
+        const index before = position();
         push(tokens);
-        evaluate(options);
+        evaluate(options, before);
     }
 
     /// Appends tokens that run through the model later: with the next feed, or together with other sessions' in
@@ -134,8 +133,8 @@ public:
     std::optional<token> next(Sample&& sample) {
         const detail::one_at_a_time::hold alone(in_use_);
         require_room(1);
-        evaluate({});
-        const token drawn = logits_.draw(model_->run, sample);
+        evaluate({}, position());
+        const token drawn = sequence_.logits().draw(model_->run, sample);
         if (model_->text.is_end_of_generation(drawn)) return std::nullopt;
         tokens_.push_back(drawn);  // runs through the model when its logits are asked for
         return drawn;
@@ -145,12 +144,12 @@ public:
     /// Valid until the session changes.
     [[nodiscard]] std::span<const float> logits() {
         const detail::one_at_a_time::hold alone(in_use_);
-        evaluate({});
-        return logits_.values(model_->run);
+        evaluate({}, position());
+        return sequence_.logits().values(model_->run);
     }
 
     /// Whether logits() is there without running the model.
-    [[nodiscard]] bool ready() const { return !tokens_.empty() && logits_behind_ == position(); }
+    [[nodiscard]] bool ready() const { return sequence_.length() == position() && sequence_.has_logits(); }
 
     /// All tokens so far, drawn ones included.
     [[nodiscard]] std::span<const token> tokens() const { return tokens_; }
@@ -161,12 +160,22 @@ public:
     /// The most tokens there can be.
     [[nodiscard]] index context() const { return context_; }
 
-    /// Keeps a copy of the state here, to which rewind() goes back at once. Sessions do so by themselves where a feed
-    /// begins (see session_options); the number of copies is bounded, and old ones make room for new ones.
+    /// Keeps a copy of the state here for restore(), which stays until the next call; it counts among the copies that
+    /// the session keeps by itself (session_options::checkpoint_bytes). Throws errc::capacity if there may be none.
     void checkpoint() {
         const detail::one_at_a_time::hold alone(in_use_);
-        evaluate({});
-        remember();
+        evaluate({}, position());
+        sequence_.mark();
+    }
+
+    /// Goes back to the last checkpoint(), as often as wanted, to the bit in any precision and without computing
+    /// anything. Throws errc::argument if there is none, or the session went back to before it since.
+    void restore() {
+        const detail::one_at_a_time::hold alone(in_use_);
+        const std::optional<index> target = sequence_.history().marked();
+        if (!target) throw error(errc::argument, "session", "has no checkpoint to restore");
+        sequence_.go_back(*target);
+        tokens_.resize(static_cast<std::size_t>(*target));
     }
 
     /// Forgets all tokens behind the first `position`. The session is then as if it had been fed those alone: exactly
@@ -187,44 +196,26 @@ public:
         const auto common = std::ranges::mismatch(tokens, tokens_).in1 - tokens.begin();
         rewound how = go_back(common);
         push(tokens.subspan(static_cast<std::size_t>(common)));
-        how.computed = position() - state_.length();
-        evaluate(options);
+        how.computed = waiting();
+        evaluate(options, common);
         return how;
     }
 
-    /// Writes tokens, state and cache to a file that engine.resume() reads. Checkpoints are not part of it. The file
-    /// appears under its name when it is complete. Throws errc::file.
+    /// Writes tokens, state, checkpoints and cache to a file that engine.resume() reads. The file appears under its
+    /// name when it is complete. Throws errc::file.
     void save(const std::filesystem::path& path) {
         const detail::one_at_a_time::hold alone(in_use_);
-        save_sequence(path, model_->fingerprint, model_->run, tokens(), state_,
-                      logits_behind_ == state_.length() ? logits_.values(model_->run) : std::span<const float>());
+        save_sequence(path, model_->fingerprint, model_->run, tokens(), sequence_);
     }
 
 private:
     template <class>
     friend class basic_engine;
 
-    /// Tokens that a feed must have for a checkpoint in front of it: a turn, not a token drawn elsewhere.
-    static constexpr index turn_tokens = 16;
-
     basic_session(std::shared_ptr<const detail::loaded_model<B>> model, index context, const session_options& options)
         : model_(std::move(model)),
           context_(context),
-          checkpoint_every_(options.checkpoint_every),
-          state_(model_->run.make_state()),
-          history_(options.checkpoint_bytes / state_bytes(state_.layout(), model_->run.shape().vocabulary)) {
-        const auto require = [](bool good, const char* name, const char* what) {
-            if (!good) throw error(errc::argument, name, what);
-        };
-        require(options.checkpoint_bytes >= 0, "checkpoint_bytes", "must not be negative");
-        require(options.checkpoint_every > 0, "checkpoint_every", "must be at least 1");
-        require(options.replay >= 0 && options.replay <= context, "replay", "must be from 0 to the context");
-        if (options.replay > 0) {
-            require(executor<B>::can_replay, "replay", "is not possible on this backend");
-            model_->run.with_backend([&](B& b) { window_.emplace(b, state_.layout(), options.replay); });
-            window_->begin_at(copy_state());
-        }
-        model_->run.prepare(context_);
+          sequence_(model_->run, {context, options.checkpoint_bytes, options.checkpoint_every, options.replay}) {
         tokens_.reserve(static_cast<std::size_t>(context_));
     }
 
@@ -232,11 +223,10 @@ private:
     basic_session(std::shared_ptr<const detail::loaded_model<B>> model, index context, const session_options& options,
                   const snapshot& from)
         : basic_session(std::move(model), context, options) {
-        saved_sequence<B> saved = load_sequence(from, model_->fingerprint, model_->run);
-        push(saved.tokens);
-        state_ = std::move(saved.state);
-        if (!saved.logits.empty()) set_logits(std::make_shared<kept_logits<B>>(std::move(saved.logits)));
-        if (window_) window_->begin_at(copy_state());
+        const auto saved = load_sequence(from, model_->fingerprint, model_->run, sequence_);
+        check(saved);
+        require_room(static_cast<index>(saved.size()));
+        tokens_.insert(tokens_.end(), saved.begin(), saved.end());
     }
 
     [[nodiscard]] std::uint64_t vocabulary() const {
@@ -262,67 +252,34 @@ private:
         if (more > context_ - position()) no_room(more, position());
     }
 
+    /// More than one token are a turn, in front of which the state is worth keeping, and not a token drawn elsewhere.
     void push(std::span<const token> tokens) {
         check(tokens);
         require_room(static_cast<index>(tokens.size()));
-        if (static_cast<index>(tokens.size()) >= turn_tokens) remember();
+        if (tokens.size() > 1) sequence_.checkpoint();
         tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
     }
 
-    [[nodiscard]] state_copy<B> copy_state() const {
-        return {state_.length(), std::make_shared<const typename B::buffer>(state_.recurrent()),
-                logits_behind_ == state_.length() ? std::make_shared<const kept_logits<B>>(logits_) : nullptr};
-    }
-
-    void remember() {
-        if (state_.length() > 0) history_.add(copy_state());
-    }
-
-    /// The next part of the tokens that the model has not seen, at most `most` of them.
+    /// How many tokens the model has not seen, and the next part of them, at most `most`.
+    [[nodiscard]] index waiting() const { return position() - sequence_.length(); }
     [[nodiscard]] job<B> next_job(index most) {
-        const index done = state_.length();
-        const index left = position() - done;
-        index rows = std::min(most, left);
-        const replay_window<B>* keep = nullptr;
-        if (window_ && left > window_->reach()) {
-            rows = std::min(rows, left - window_->reach());  // behind these a new window begins
-        } else if (window_) {
-            rows = std::min(rows, window_->reach());
-            if (done + rows - window_->start().length > window_->capacity())
-                move_window(done - (window_->reach() - rows));
-            keep = &*window_;
-        }
-        const auto part = tokens().subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(rows));
-        return {&state_, part, rows == left ? want::last : want::none, keep, &logits_};
+        return sequence_.next(tokens().subspan(static_cast<std::size_t>(sequence_.length())), most);
     }
 
-    /// After a job has run.
-    void finish(const job<B>& ran) {
-        if (ran.logits != want::none) logits_behind_ = state_.length();
-        if (window_ && ran.keep == nullptr) window_->begin_at(copy_state());
-        if (state_.length() - history_.last_length() >= checkpoint_every_) remember();
-    }
-
-    /// Lets the window begin at a later state, which it finds by replay.
-    void move_window(index start) {
-        sequence_state<B> state = model_->run.make_state();
-        state.resume(*window_->start().recurrent, window_->start().length, 0);
-        model_->run.replay(state, *window_, start - state.length(), context_);
-        window_->begin_at({start, std::make_shared<const typename B::buffer>(state.recurrent()), nullptr});
-    }
-
-    /// Runs the model over the tokens that it has not seen.
-    void evaluate(const feed_options& options) {
-        if (state_.length() == position() && logits_behind_ != position() && position() > 0) step_back();
-        const index first = state_.length();
+    /// Runs the model over the tokens that it has not seen. If that ends early, those stay that have run, and the first
+    /// `before` in any case.
+    void evaluate(const feed_options& options, index before) {
+        // A state without its logits, which takes one token to mend.
+        if (waiting() == 0 && !sequence_.has_logits() && position() > 0) sequence_.go_back(position());
+        const index first = sequence_.length();
         const auto total = static_cast<std::uint64_t>(position() - first);
         const auto tell = [&] {
-            report(options.tell, "prefill", static_cast<std::uint64_t>(state_.length() - first), total);
+            report(options.tell, "prefill", static_cast<std::uint64_t>(sequence_.length() - first), total);
         };
         try {
-            while (state_.length() < position()) {
+            while (waiting() > 0) {
                 tell();
-                const index done = state_.length();
+                const index done = sequence_.length();
                 job<B> next = next_job(model_->run.batch_rows());
                 if (options.each) next.logits = want::all;
                 std::vector<float> seen;
@@ -331,20 +288,13 @@ private:
                     read_row(b, from, seen);
                     options.each(done + row, seen);
                 });
-                finish(next);
+                sequence_.finish(next);
             }
         } catch (...) {
-            tokens_.resize(static_cast<std::size_t>(state_.length()));  // behind the last whole batch
+            tokens_.resize(static_cast<std::size_t>(std::max(sequence_.length(), before)));
             throw;
         }
         if (total > 0) tell();
-    }
-
-    /// The state holds all tokens, but their logits are not known: goes back by one, so that they can be computed.
-    void step_back() {
-        const std::vector<token> last(tokens_.end() - 1, tokens_.end());
-        go_back(position() - 1);
-        tokens_.insert(tokens_.end(), last.begin(), last.end());
     }
 
     rewound go_back(index target) {
@@ -352,50 +302,15 @@ private:
             throw error(errc::argument, "position " + std::to_string(target),
                         "outside the " + std::to_string(position()) + " tokens of the session");
         }
-        index replayed = 0;
-        if (target < state_.length()) {
-            // Without its logits a state at the target is of no use: the last token has to run again, so one less will
-            // do.
-            const auto* copy = history_.at_most(target);
-            if (copy != nullptr && copy->length == target && copy->logits == nullptr)
-                copy = history_.at_most(target - 1);
-            const index kept = copy == nullptr ? 0 : copy->length;
-            const index wanted = std::max<index>(target - 1, 0);
-            if (window_ && window_->start().length <= wanted && kept < target) {
-                const state_copy<B> start = window_->start();
-                replayed = wanted - start.length;
-                state_.resume(*start.recurrent, start.length, wanted);
-                model_->run.replay(state_, *window_, replayed, context_);
-                set_logits(start.length == wanted ? start.logits : nullptr);
-            } else if (copy != nullptr) {
-                state_.resume(*copy->recurrent, copy->length, copy->length);
-                set_logits(copy->logits);
-            } else {
-                state_ = model_->run.make_state();
-                set_logits(nullptr);
-            }
-            history_.forget_behind(target);
-            if (window_ && window_->start().length > state_.length()) window_->begin_at(copy_state());
-        }
+        const index replayed = target < sequence_.length() ? sequence_.go_back(target) : 0;
         tokens_.resize(static_cast<std::size_t>(target));
-        return {state_.length() - replayed, replayed, target - state_.length()};
-    }
-
-    /// The logits behind the state, or null if they are not known.
-    void set_logits(const std::shared_ptr<const kept_logits<B>>& logits) {
-        logits_behind_ = logits == nullptr ? -1 : state_.length();
-        logits_ = logits == nullptr ? kept_logits<B>{} : *logits;
+        return {sequence_.length() - replayed, replayed, waiting()};
     }
 
     std::shared_ptr<const detail::loaded_model<B>> model_;
     index context_;
-    index checkpoint_every_;
-    std::vector<token> tokens_;  // the state holds all but perhaps the last ones
-    sequence_state<B> state_;
-    kept_logits<B> logits_;
-    index logits_behind_ = -1;  // the length of the state that logits_ belongs to
-    state_history<B> history_;
-    std::optional<replay_window<B>> window_;
+    std::vector<token> tokens_;  // the sequence holds all but perhaps the last ones
+    sequence<B> sequence_;
     detail::one_at_a_time in_use_;
 };
 

@@ -34,7 +34,12 @@ public:
     }
     host_buffer(host_buffer&& other) noexcept
         : memory_(std::move(other.memory_)), bytes_(std::exchange(other.bytes_, 0)) {}
-    host_buffer& operator=(host_buffer other) noexcept {
+    host_buffer& operator=(const host_buffer& other) {
+        if (bytes_ != other.bytes_) return *this = host_buffer(other);
+        if (bytes_ != 0 && this != &other) std::memcpy(data(), other.data(), static_cast<std::size_t>(bytes_));
+        return *this;
+    }
+    host_buffer& operator=(host_buffer&& other) noexcept {
         std::swap(memory_, other.memory_);
         std::swap(bytes_, other.bytes_);
         return *this;

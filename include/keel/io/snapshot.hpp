@@ -4,8 +4,9 @@
 //
 //     header      snapshot_header: magic, version, checksum of everything else, what made it, sizes of the sections
 //     tokens      i32 each
-//     logits      f32 each, behind the last token of the state; none if they are not known
-//     recurrent   the recurrent part of the state, see memory_layout
+//     states      snapshot_state each: checkpoints by their lengths, at last the state of the sequence
+//     logits      f32 each, those behind the states one after another, as far as they are known
+//     recurrent   of each state, a section for each: its recurrent part, see memory_layout
 //     blocks      the latent cache, block after block
 #pragma once
 
@@ -31,22 +32,28 @@ namespace keel::inline KEEL_ABI {
 
 struct snapshot_header {
     static constexpr std::uint64_t expected_magic = 0x50414E534C45454Bu;  // "KEELSNAP"
-    static constexpr std::uint64_t expected_version = 1;
+    static constexpr std::uint64_t expected_version = 2;
 
     std::uint64_t magic = expected_magic;
     std::uint64_t version = expected_version;
     std::uint64_t checksum = 0;
     std::uint64_t model = 0;                   ///< fingerprint of the model that the state belongs to
     std::array<std::uint64_t, 8> layout = {};  ///< of the state's memory
-    std::uint64_t state_tokens = 0;            ///< how many of the tokens the state holds
     std::uint64_t tokens = 0;
-    std::uint64_t logits = 0;
-    std::uint64_t recurrent_bytes = 0;
+    std::uint64_t states = 0;
+    std::uint64_t marked = 0;           ///< how many tokens the marked checkpoint holds, plus 1; 0: none is marked
+    std::uint64_t logits = 0;           ///< of all states
+    std::uint64_t recurrent_bytes = 0;  ///< of each state
     std::uint64_t blocks = 0;
     std::uint64_t block_bytes = 0;
-    std::uint64_t unused[6] = {};
+    std::uint64_t unused[5] = {};
 };
 static_assert(sizeof(snapshot_header) == 192 && std::is_trivially_copyable_v<snapshot_header>);
+
+struct snapshot_state {
+    std::uint64_t tokens = 0;      ///< how many of the tokens it holds
+    std::uint64_t has_logits = 0;  ///< 1 or 0
+};
 
 namespace detail {
 
@@ -113,8 +120,9 @@ public:
             return section;
         };
         tokens = take(header_.tokens, 4);
+        states = take(header_.states, sizeof(snapshot_state));
         logits = take(header_.logits, 4);
-        recurrent = take(header_.recurrent_bytes, 1);
+        for (std::uint64_t i = 0; i < header_.states; ++i) recurrent.push_back(take(header_.recurrent_bytes, 1));
         blocks = take(header_.blocks, header_.block_bytes);
         if (!rest.empty()) fail(errc::format, "has bytes behind its end");
 
@@ -130,7 +138,8 @@ public:
 
     [[noreturn]] void fail(errc code, std::string_view what) const { throw error(code, file_.path().string(), what); }
 
-    std::span<const std::byte> tokens, logits, recurrent, blocks;
+    std::span<const std::byte> tokens, states, logits, blocks;
+    std::vector<std::span<const std::byte>> recurrent;  ///< one for each state
 
 private:
     mapped_file file_;

@@ -7,7 +7,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <iterator>
+#include <limits>
 #include <memory>
+#include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -34,18 +37,27 @@ inline index state_bytes(const memory_layout& layout, index vocabulary) {
 }
 
 /// A bounded number of copies, thinned so that they lie the denser the nearer they are to the end: to go back by n
-/// tokens costs computing about n again. Copying the list shares the states.
+/// tokens costs computing about n again. One of them can be marked, and stays. Copying the list shares the states.
 template <backend B>
 class state_history {
 public:
     explicit state_history(index most) : most_(most) {}
 
+    /// The most copies that there can be.
+    [[nodiscard]] index most() const { return most_; }
+
+    /// Adds what `copy` makes of the state, unless one of that length is there; another one makes room for it first.
     /// The lengths increase from call to call, unless forget_behind() took the later ones away.
-    void add(state_copy<B> copy) {
-        if (most_ == 0 || (!copies_.empty() && copies_.back().length == copy.length)) return;
-        if (static_cast<index>(copies_.size()) == most_) drop_one(copy.length);
-        copies_.push_back(std::move(copy));
+    template <class Copy>
+    void add(index length, Copy&& copy) {
+        if (length == last_length()) return;
+        if (static_cast<index>(copies_.size()) == most_ && !drop_one(length)) return;
+        copies_.push_back(copy());
     }
+
+    /// The copy of this length is the one that stays, and no other is.
+    void mark(index length) { marked_ = length; }
+    [[nodiscard]] std::optional<index> marked() const { return marked_; }
 
     /// The last copy at `length` or before, or null.
     [[nodiscard]] const state_copy<B>* at_most(index length) const {
@@ -55,29 +67,35 @@ public:
 
     void forget_behind(index length) {
         std::erase_if(copies_, [&](const state_copy<B>& c) { return c.length > length; });
+        if (marked_ > length) marked_.reset();
     }
 
     [[nodiscard]] index last_length() const { return copies_.empty() ? 0 : copies_.back().length; }
+    [[nodiscard]] std::span<const state_copy<B>> copies() const { return copies_; }
 
 private:
-    /// Takes out the copy whose absence widens a gap the least, measured in the gap's distance from the end.
-    void drop_one(index end) {
+    /// Takes out the copy whose absence widens a gap the least, measured in the gap's distance from the end; false if
+    /// there is none.
+    bool drop_one(index end) {
         const auto length = [&](std::size_t i) { return i == copies_.size() ? end : copies_[i].length; };
-        std::size_t least = 0;
-        double least_cost = 0;
+        std::size_t least = copies_.size();
+        double least_cost = std::numeric_limits<double>::infinity();
         for (std::size_t i = 0; i < copies_.size(); ++i) {
             const index before = i == 0 ? 0 : length(i - 1);
             const double cost = static_cast<double>(length(i + 1) - before) / static_cast<double>(end - before + 1);
-            if (i == 0 || cost < least_cost) {
+            if (length(i) != marked_ && cost < least_cost) {
                 least = i;
                 least_cost = cost;
             }
         }
+        if (least == copies_.size()) return false;
         copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(least));
+        return true;
     }
 
     index most_;
     std::vector<state_copy<B>> copies_;
+    std::optional<index> marked_;
 };
 
 /// Bytes of the rows that a replay_window keeps.

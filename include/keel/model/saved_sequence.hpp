@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// A sequence as a snapshot on disk (io/snapshot.hpp): its tokens, its state, its logits, and which model it belongs to.
+// A sequence as a snapshot on disk (io/snapshot.hpp): its tokens, its state, its checkpoints, and which model it
+// belongs to.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,10 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <memory>
+#include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <keel/backend/batch.hpp>
@@ -20,6 +24,9 @@
 #include <keel/core/view.hpp>
 #include <keel/io/snapshot.hpp>
 #include <keel/model/executor.hpp>
+#include <keel/model/history.hpp>
+#include <keel/model/logits.hpp>
+#include <keel/model/sequence.hpp>
 #include <keel/model/state.hpp>
 
 namespace keel::inline KEEL_ABI {
@@ -41,66 +48,112 @@ std::vector<T> values_of(std::span<const std::byte> bytes) {
 
 }  // namespace detail
 
-/// A sequence that was saved.
-template <backend B>
-struct saved_sequence {
-    std::vector<token> tokens;  ///< the state holds all but perhaps the last ones
-    sequence_state<B> state;
-    std::vector<float> logits;  ///< behind the state's last token, or empty
-};
-
-/// `model` is the fingerprint that the file will be held to. The file appears under its name when it is complete,
-/// replacing an older one in one step. Throws errc::file.
+/// Saves tokens and the sequence that holds all but perhaps the last ones. `model` is the fingerprint that the file
+/// will be held to. The file appears under its name when it is complete, replacing an older one in one step. Throws
+/// errc::file.
 template <backend B>
 void save_sequence(const std::filesystem::path& path, std::uint64_t model, const executor<B>& run,
-                   std::span<const token> tokens, const sequence_state<B>& state, std::span<const float> logits) {
-    const memory_layout& layout = state.layout();
+                   std::span<const token> tokens, sequence<B>& from) {
+    const memory_layout& layout = from.state().layout();
+    std::vector<snapshot_state> states;
+    std::vector<float> logits;
+    const auto add = [&](index length, kept_logits<B>* known) {
+        states.push_back({static_cast<std::uint64_t>(length), known != nullptr});
+        if (known == nullptr) return;
+        const auto row = known->values(run);
+        logits.insert(logits.end(), row.begin(), row.end());
+    };
+    for (const state_copy<B>& copy : from.history().copies()) {
+        std::optional<kept_logits<B>> known;
+        if (copy.logits != nullptr) known = *copy.logits;
+        add(copy.length, known ? &*known : nullptr);
+    }
+    add(from.length(), from.has_logits() ? &from.logits() : nullptr);
+
     snapshot_header header;
     header.model = model;
     header.layout = detail::numbers_of(layout);
-    header.state_tokens = static_cast<std::uint64_t>(state.length());
     header.tokens = tokens.size();
+    header.states = states.size();
+    header.marked = static_cast<std::uint64_t>(from.history().marked().value_or(-1) + 1);
     header.logits = logits.size();
     header.recurrent_bytes = static_cast<std::uint64_t>(layout.recurrent_bytes());
-    header.blocks = state.blocks().size();
+    header.blocks = from.state().blocks().size();
     header.block_bytes = static_cast<std::uint64_t>(layout.block_bytes());
     snapshot_writer file(path, header);
     file.write(std::as_bytes(tokens));
-    file.write(std::as_bytes(logits));
+    file.write(std::as_bytes(std::span(states)));
+    file.write(std::as_bytes(std::span(logits)));
     run.with_backend([&](B& b) {
         std::vector<std::byte> piece(std::size_t{1} << 18);  // stays in a near cache
-        const auto write = [&](const typename B::buffer& from) {
-            for (index done = 0; done < from.size();) {
-                const index n = std::min(from.size() - done, static_cast<index>(piece.size()));
-                b.download(piece.data(), from.data() + done, n);
+        const auto write = [&](const typename B::buffer& bytes) {
+            for (index done = 0; done < bytes.size();) {
+                const index n = std::min(bytes.size() - done, static_cast<index>(piece.size()));
+                b.download(piece.data(), bytes.data() + done, n);
                 file.write(std::span(piece).first(static_cast<std::size_t>(n)));
                 done += n;
             }
         };
-        write(state.recurrent());
-        for (const auto& block : state.blocks()) write(*block);
+        for (const state_copy<B>& copy : from.history().copies()) write(*copy.recurrent);
+        write(from.state().recurrent());
+        for (const auto& block : from.state().blocks()) write(*block);
     });
     file.commit();
 }
 
-/// Throws errc::argument if the file belongs to another model or precision, errc::format if it contradicts itself.
+/// Fills an empty sequence, with as many of the checkpoints as it may keep, and answers the tokens. Throws
+/// errc::argument if the file belongs to another model or precision, errc::format if it contradicts itself.
 template <backend B>
-saved_sequence<B> load_sequence(const snapshot& file, std::uint64_t model, const executor<B>& run) {
+std::vector<token> load_sequence(const snapshot& file, std::uint64_t model, const executor<B>& run, sequence<B>& to) {
     const snapshot_header& header = file.header();
     const memory_layout layout = run.layout();
     if (header.model != model) file.fail(errc::argument, "belongs to another model");
     if (header.layout != detail::numbers_of(layout)) file.fail(errc::argument, "was made with another precision");
-    const auto length = static_cast<index>(header.state_tokens);
-    if (header.state_tokens > header.tokens ||
-        (header.logits != 0 && header.logits != static_cast<std::uint64_t>(run.shape().vocabulary)) ||
-        header.recurrent_bytes != static_cast<std::uint64_t>(layout.recurrent_bytes()) ||
-        header.blocks != layout.blocks(length) ||
-        header.block_bytes != static_cast<std::uint64_t>(layout.block_bytes())) {
+
+    const auto states = detail::values_of<snapshot_state>(file.states);
+    const auto vocabulary = static_cast<std::uint64_t>(run.shape().vocabulary);
+    const auto is_marked = [&](const snapshot_state& s) { return s.tokens + 1 == header.marked; };
+    bool sound = !states.empty() && states.back().tokens <= header.tokens &&
+                 (header.marked <= 1 || std::any_of(states.begin(), states.end() - 1, is_marked)) &&
+                 header.recurrent_bytes == static_cast<std::uint64_t>(layout.recurrent_bytes()) &&
+                 header.block_bytes == static_cast<std::uint64_t>(layout.block_bytes());
+    std::uint64_t rows = 0;
+    for (std::size_t i = 0; sound && i < states.size(); ++i) {
+        const bool last = i + 1 == states.size();
+        sound =
+            states[i].has_logits <= 1 && (last || states[i].tokens > 0) &&
+            (i == 0 || states[i].tokens > states[i - 1].tokens || (last && states[i].tokens == states[i - 1].tokens));
+        rows += states[i].has_logits;
+    }
+    if (!sound || header.logits != rows * vocabulary ||
+        header.blocks != layout.blocks(static_cast<index>(states.back().tokens))) {
         file.fail(errc::format, "contradicts itself");
     }
-    return {detail::values_of<token>(file.tokens),
-            run.with_backend([&](B& b) { return sequence_state<B>(b, layout, length, file.recurrent, file.blocks); }),
-            detail::values_of<float>(file.logits)};
+
+    auto logits = file.logits;
+    run.with_backend([&](B& b) {
+        if (header.marked == 1 || (header.marked > 1 && to.history().most() > 0)) {
+            to.history().mark(static_cast<index>(header.marked - 1));
+        }
+        for (std::size_t i = 0; i < states.size(); ++i) {
+            const auto length = static_cast<index>(states[i].tokens);
+            const auto row = logits.first(static_cast<std::size_t>(states[i].has_logits * vocabulary) * sizeof(float));
+            logits = logits.subspan(row.size());
+            const auto known = [&] {
+                return row.empty() ? nullptr : std::make_shared<const kept_logits<B>>(detail::values_of<float>(row));
+            };
+            if (i + 1 == states.size()) {
+                to.load(b, length, file.recurrent[i], file.blocks, known());
+            } else {
+                to.history().add(length, [&]() -> state_copy<B> {
+                    typename B::buffer recurrent = b.allocate(layout.recurrent_bytes());
+                    b.upload(recurrent.data(), file.recurrent[i].data(), recurrent.size());
+                    return {length, std::make_shared<const typename B::buffer>(std::move(recurrent)), known()};
+                });
+            }
+        }
+    });
+    return detail::values_of<token>(file.tokens);
 }
 
 }  // namespace keel::inline KEEL_ABI

@@ -25,18 +25,9 @@ public:
     sequence_state(const B& b, const memory_layout& layout)
         : layout_(layout), recurrent_(b.allocate(layout.recurrent_bytes())) {}
 
-    /// A sequence of `length` tokens whose bytes were saved. The spans have the sizes that the layout says.
-    sequence_state(B& b, const memory_layout& layout, index length, std::span<const std::byte> recurrent,
-                   std::span<const std::byte> blocks)
-        : sequence_state(b, layout) {
-        make_room(b, length);
-        b.upload(recurrent_.data(), recurrent.data(), recurrent_.size());
-        for (std::size_t i = 0; i < pointers_.size(); ++i) {
-            b.upload(pointers_[i], blocks.data() + i * static_cast<std::size_t>(layout.block_bytes()),
-                     layout.block_bytes());
-        }
-        length_ = length;
-    }
+    /// The recurrent part alone of a sequence of `length` tokens, for a replay.
+    sequence_state(const memory_layout& layout, index length, typename B::buffer recurrent)
+        : layout_(layout), recurrent_(std::move(recurrent)), length_(length) {}
 
     sequence_state(const sequence_state& other)
         : layout_(other.layout_),
@@ -56,6 +47,18 @@ public:
         return *this;
     }
     ~sequence_state() = default;
+
+    /// Fills an empty sequence with `length` tokens whose bytes were saved. The spans have the sizes that the layout
+    /// says.
+    void load(B& b, index length, std::span<const std::byte> recurrent, std::span<const std::byte> blocks) {
+        make_room(b, length);
+        b.upload(recurrent_.data(), recurrent.data(), recurrent_.size());
+        for (std::size_t i = 0; i < pointers_.size(); ++i) {
+            b.upload(pointers_[i], blocks.data() + i * static_cast<std::size_t>(layout_.block_bytes()),
+                     layout_.block_bytes());
+        }
+        length_ = length;
+    }
 
     /// Goes back to an earlier length, whose recurrent part this is. Of the latent cache `cached` tokens stay, no fewer
     /// than `length`: a replay leads to them.
@@ -85,7 +88,8 @@ public:
     /// After a batch ran.
     void advance(index rows) { length_ += rows; }
 
-    [[nodiscard]] const typename B::buffer& recurrent() const { return recurrent_; }
+    [[nodiscard]] const typename B::buffer& recurrent() const& { return recurrent_; }
+    [[nodiscard]] typename B::buffer recurrent() && { return std::move(recurrent_); }
     [[nodiscard]] const std::vector<std::shared_ptr<const typename B::buffer>>& blocks() const { return blocks_; }
 
 private:
