@@ -88,11 +88,7 @@ public:
                                          stream()));
     }
 
-    void rms_norm(const rms_norm_args& a) {
-        call("rms_norm", cuda_launch::rms_norm({a.x.data, a.weight.data, a.out.data, a.x.stride[0], a.out.stride[0],
-                                                number(a.x.extent[0]), number(a.x.extent[1]), a.epsilon},
-                                               stream()));
-    }
+    void rms_norm(const rms_norm_args& a) { call("rms_norm", cuda_launch::rms_norm(arguments(a), stream())); }
 
     void matmul(view<const float, 2> x, std::initializer_list<linear<matrix>> products) {
         if (many(x)) {
@@ -121,47 +117,25 @@ public:
             prefill().multiply_heads(a);
             return;
         }
-        cuda_launch::matvec_args to{};
-        to.x = a.x.data;
-        to.x_row = a.x.stride[0];
-        to.x_head = a.x.stride[1];
-        to.rows = number(a.x.extent[0]);
-        to.columns = number(a.x.extent[2]);
-        to.heads = number(a.x.extent[1]);
+        cuda_launch::matvec_args to = arguments(a);
         to.quantise = quantise(a.x.extent[2]);
-        to.products = 1;
-        to.list[0] = {a.weight.on_device, a.out.data, a.out.stride[0], a.out.stride[1], 0};
         call("matmul_heads", cuda_launch::matvec(to, stream()));
     }
 
     void short_conv(const short_conv_args& a) {
         const arena::scope scope(workspace());
         const index longest = longest_of(a.segments);
-        call("short_conv", cuda_launch::short_conv(
-                               {rows(a.x), a.taps.data, table_.segments(a.segments), number(std::ssize(a.segments)),
-                                number(longest), conv_edges(workspace(), longest, a.x.extent[0], 1, a.layout), a.which,
-                                number(a.layer), plain(a.layout)},
-                               stream()));
+        float* const edges = conv_edges(workspace(), longest, a.x.extent[0], 1, a.layout);
+        call("short_conv",
+             cuda_launch::short_conv(arguments(a, table_.segments(a.segments), longest, edges), stream()));
     }
 
     void kda_inputs(const kda_inputs_args& a) {
         const arena::scope scope(workspace());
         const index longest = longest_of(a.segments), n = a.q.extent[0];
-        call("kda_inputs", cuda_launch::kda_inputs({{rows(a.q), rows(a.k), rows(a.v)},
-                                                    {a.taps_q.data, a.taps_k.data, a.taps_v.data},
-                                                    rows(a.log_decay),
-                                                    rows(a.beta),
-                                                    a.a.data,
-                                                    a.dt_bias.data,
-                                                    a.epsilon,
-                                                    table_.segments(a.segments),
-                                                    number(std::ssize(a.segments)),
-                                                    number(longest),
-                                                    conv_edges(workspace(), longest, n, 3, a.layout),
-                                                    number(n),
-                                                    number(a.layer),
-                                                    plain(a.layout)},
-                                                   stream()));
+        float* const edges = conv_edges(workspace(), longest, n, 3, a.layout);
+        call("kda_inputs",
+             cuda_launch::kda_inputs(arguments(a, table_.segments(a.segments), longest, edges), stream()));
     }
 
     void keep(const keep_args& a) {
@@ -170,55 +144,15 @@ public:
             if (s.kept != nullptr) most = std::max(most, std::min(s.rows, s.kept_capacity));
         }
         if (most == 0) return;
-        const auto part = [](view<const float, 2> v) -> cuda_launch::keep_args::part {
-            return {v.data, v.stride[0], number(v.extent[1])};
-        };
-        call("keep", cuda_launch::keep({{part(a.q), part(a.k), part(a.v), part(a.decay_low), part(a.beta)},
-                                        table_.segments(a.segments),
-                                        number(std::ssize(a.segments)),
-                                        number(most),
-                                        number(a.layer)},
-                                       stream()));
+        call("keep", cuda_launch::keep(arguments(a, table_.segments(a.segments), most), stream()));
     }
 
-    void l2_norm(const l2_norm_args& a) {
-        call("l2_norm", cuda_launch::l2_norm({a.x.data, a.x.stride[0], a.x.stride[1], number(a.x.extent[0]),
-                                              number(a.x.extent[1]), number(a.x.extent[2]), a.epsilon},
-                                             stream()));
-    }
+    void l2_norm(const l2_norm_args& a) { call("l2_norm", cuda_launch::l2_norm(arguments(a), stream())); }
 
-    void kda_gates(const kda_gates_args& a) {
-        call("kda_gates",
-             cuda_launch::kda_gates({a.log_decay.data, a.beta.data, a.a.data, a.dt_bias.data, a.log_decay.stride[0],
-                                     a.log_decay.stride[1], a.beta.stride[0], number(a.log_decay.extent[0]),
-                                     number(a.log_decay.extent[1]), number(a.log_decay.extent[2])},
-                                    stream()));
-    }
+    void kda_gates(const kda_gates_args& a) { call("kda_gates", cuda_launch::kda_gates(arguments(a), stream())); }
 
     void kda_step(const kda_args& a) {
-        const auto& g = a.log_decay;
-        call("kda_step", cuda_launch::kda_step({a.q.data,
-                                                a.k.data,
-                                                a.v.data,
-                                                g.data,
-                                                a.beta.data,
-                                                a.q.stride[0],
-                                                a.q.stride[1],
-                                                a.k.stride[0],
-                                                a.k.stride[1],
-                                                a.v.stride[0],
-                                                a.v.stride[1],
-                                                g.stride[0],
-                                                g.stride[1],
-                                                a.beta.stride[0],
-                                                a.out.data,
-                                                a.out.stride[0],
-                                                a.out.stride[1],
-                                                table_.segments(a.segments),
-                                                number(std::ssize(a.segments)),
-                                                number(a.layer),
-                                                plain(a.layout)},
-                                               stream()));
+        call("kda_step", cuda_launch::kda_step(arguments(a, table_.segments(a.segments)), stream()));
     }
 
     /// Whether kda_mix is for such a batch: few sequences, token by token. With precision::exact the layer is composed,
@@ -236,36 +170,12 @@ public:
         const auto out = workspace().take<float>(codes ? 0 : n, a.layout.channels());
         const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
         const auto squares = workspace().take<float>(n, a.layout.heads * slabs);
-        call("kda_mix", cuda_launch::kda_mix({a.q.data,
-                                              a.k.data,
-                                              a.v.data,
-                                              a.decay_low.data,
-                                              a.gate_low.data,
-                                              a.beta.data,
-                                              a.q.stride[0],
-                                              a.k.stride[0],
-                                              a.v.stride[0],
-                                              a.decay_low.stride[0],
-                                              a.gate_low.stride[0],
-                                              a.beta.stride[0],
-                                              a.decay_up.on_device,
-                                              a.gate_up.on_device,
-                                              a.taps_q.data,
-                                              a.taps_k.data,
-                                              a.taps_v.data,
-                                              a.a.data,
-                                              a.dt_bias.data,
-                                              a.out_norm.data,
-                                              a.epsilon,
-                                              codes ? nullptr : out.data,
-                                              codes ? coded.data : nullptr,
-                                              out.stride[0],
-                                              squares.data,
-                                              table_.segments(a.segments),
-                                              number(std::ssize(a.segments)),
-                                              number(a.layer),
-                                              plain(a.layout)},
-                                             stream()));
+        cuda_launch::kda_mix_args mix = arguments(a, table_.segments(a.segments));
+        mix.out = codes ? nullptr : out.data;
+        mix.out_row = out.stride[0];
+        mix.codes = codes ? coded.data : nullptr;
+        mix.squares = squares.data;
+        call("kda_mix", cuda_launch::kda_mix(mix, stream()));
         cuda_launch::matvec_args project = input(out);
         project.before = codes ? cuda_launch::prologue::codes : cuda_launch::prologue::head_norm;
         project.codes = coded.data;
@@ -280,12 +190,7 @@ public:
 
     void kda_chunk(const kda_args& a) { prefill().kda_chunk(a, table_.segments(a.segments)); }
 
-    void gated_norm(const gated_norm_args& a) {
-        call("gated_norm", cuda_launch::gated_norm({a.x.data, a.weight.data, a.gate.data, a.x.stride[0], a.x.stride[1],
-                                                    a.gate.stride[0], a.gate.stride[1], number(a.x.extent[0]),
-                                                    number(a.x.extent[1]), number(a.x.extent[2]), a.epsilon},
-                                                   stream()));
-    }
+    void gated_norm(const gated_norm_args& a) { call("gated_norm", cuda_launch::gated_norm(arguments(a), stream())); }
 
     void latent_append(const latent_append_args& a) {
         call("latent_append",
@@ -308,28 +213,13 @@ public:
             const index splits = on()->precision() == precision::exact
                                      ? exact_splits
                                      : std::clamp<index>(on()->multiprocessors() / rows, 1, attend_blocks / rows);
-            call("latent_attend", cuda_launch::latent_attend({a.q_latent.data,
-                                                              a.q_position.data,
-                                                              a.q_latent.stride[0],
-                                                              a.q_latent.stride[1],
-                                                              a.q_position.stride[0],
-                                                              a.q_position.stride[1],
-                                                              a.out.data,
-                                                              a.out.stride[0],
-                                                              a.out.stride[1],
-                                                              a.scale,
-                                                              on()->precision() == precision::fast ? 1 : 0,
-                                                              number(heads),
-                                                              number(rank),
-                                                              number(a.layer),
-                                                              table_.segments(a.segments),
-                                                              number(std::ssize(a.segments)),
-                                                              number(first + r),
-                                                              number(rows),
-                                                              partial.data,
-                                                              number(splits),
-                                                              plain(a.layout)},
-                                                             stream()));
+            cuda_launch::latent_attend_args some = arguments(a, table_.segments(a.segments));
+            some.halves = on()->precision() == precision::fast ? 1 : 0;
+            some.first_row = number(first + r);
+            some.row_count = number(rows);
+            some.partial = partial.data;
+            some.splits = number(splits);
+            call("latent_attend", cuda_launch::latent_attend(some, stream()));
         }
     }
 
@@ -354,14 +244,7 @@ public:
         const arena::scope scope(workspace());
         const index n = a.x.extent[0], experts = a.router.on_device.rows;
         const auto logits = workspace().take<float>(n, experts);
-        cuda_launch::route_args route{};
-        route.logits = logits.data;
-        route.logits_row = logits.stride[0];
-        route.bias = a.bias.data;
-        route.rows = number(n);
-        route.experts = number(experts);
-        route.k = number(a.chosen);
-        route.scale = a.scale;
+        cuda_launch::route_args route = arguments(a, logits);
         if (many(a.x)) {
             const auto chosen = workspace().take<std::int32_t>(n, a.chosen);
             const auto weights = workspace().take<float>(n, a.chosen);
@@ -408,11 +291,7 @@ public:
         experts_of_few(to);
     }
 
-    void add(const add_args& a) {
-        call("add", cuda_launch::add({a.x.data, a.y.data, a.x.stride[0], a.y.stride[0], number(a.x.extent[0]),
-                                      number(a.x.extent[1])},
-                                     stream()));
-    }
+    void add(const add_args& a) { call("add", cuda_launch::add(arguments(a), stream())); }
 
     void gather(const gather_args& a) {
         call("gather", cuda_launch::gather({a.x.data, a.x.stride[0], table_.wanted(a.rows), a.out.data, a.out.stride[0],

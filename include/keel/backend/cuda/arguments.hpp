@@ -17,6 +17,7 @@
 #include <keel/backend/cuda/launch.hpp>
 #include <keel/backend/cuda/memory.hpp>
 #include <keel/backend/cuda/upload.hpp>
+#include <keel/backend/fused.hpp>
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/error.hpp>
@@ -103,6 +104,192 @@ protected:
         to.weights_row = weights.stride[0];
         to.k = number(chosen.extent[1]);
         return to;
+    }
+
+    static cuda_launch::rms_norm_args arguments(const rms_norm_args& a) {
+        return {a.x.data,
+                a.weight.data,
+                a.out.data,
+                a.x.stride[0],
+                a.out.stride[0],
+                number(a.x.extent[0]),
+                number(a.x.extent[1]),
+                a.epsilon};
+    }
+
+    static cuda_launch::add_args arguments(const add_args& a) {
+        return {a.x.data, a.y.data, a.x.stride[0], a.y.stride[0], number(a.x.extent[0]), number(a.x.extent[1])};
+    }
+
+    static cuda_launch::short_conv_args arguments(const short_conv_args& a, const cuda_launch::segment* segments,
+                                                  index longest, float* edges) {
+        return {rows(a.x), a.taps.data,     segments,       number(std::ssize(a.segments)), number(longest), edges,
+                a.which,   number(a.layer), plain(a.layout)};
+    }
+
+    static cuda_launch::kda_inputs_args arguments(const kda_inputs_args& a, const cuda_launch::segment* segments,
+                                                  index longest, float* edges) {
+        return {{rows(a.q), rows(a.k), rows(a.v)},
+                {a.taps_q.data, a.taps_k.data, a.taps_v.data},
+                rows(a.log_decay),
+                rows(a.beta),
+                a.a.data,
+                a.dt_bias.data,
+                a.epsilon,
+                segments,
+                number(std::ssize(a.segments)),
+                number(longest),
+                edges,
+                number(a.q.extent[0]),
+                number(a.layer),
+                plain(a.layout)};
+    }
+
+    static cuda_launch::keep_args arguments(const keep_args& a, const cuda_launch::segment* segments, index most_rows) {
+        const auto part = [](view<const float, 2> v) -> cuda_launch::keep_args::part {
+            return {v.data, v.stride[0], number(v.extent[1])};
+        };
+        return {{part(a.q), part(a.k), part(a.v), part(a.decay_low), part(a.beta)},
+                segments,
+                number(std::ssize(a.segments)),
+                number(most_rows),
+                number(a.layer)};
+    }
+
+    static cuda_launch::kda_args arguments(const kda_args& a, const cuda_launch::segment* segments) {
+        const auto& g = a.log_decay;
+        return {a.q.data,
+                a.k.data,
+                a.v.data,
+                g.data,
+                a.beta.data,
+                a.q.stride[0],
+                a.q.stride[1],
+                a.k.stride[0],
+                a.k.stride[1],
+                a.v.stride[0],
+                a.v.stride[1],
+                g.stride[0],
+                g.stride[1],
+                a.beta.stride[0],
+                a.out.data,
+                a.out.stride[0],
+                a.out.stride[1],
+                segments,
+                number(std::ssize(a.segments)),
+                number(a.layer),
+                plain(a.layout)};
+    }
+
+    /// Without where the results go.
+    static cuda_launch::kda_mix_args arguments(const kda_mix_args<cuda_matrix>& a,
+                                               const cuda_launch::segment* segments) {
+        return {a.q.data,
+                a.k.data,
+                a.v.data,
+                a.decay_low.data,
+                a.gate_low.data,
+                a.beta.data,
+                a.q.stride[0],
+                a.k.stride[0],
+                a.v.stride[0],
+                a.decay_low.stride[0],
+                a.gate_low.stride[0],
+                a.beta.stride[0],
+                a.decay_up.on_device,
+                a.gate_up.on_device,
+                a.taps_q.data,
+                a.taps_k.data,
+                a.taps_v.data,
+                a.a.data,
+                a.dt_bias.data,
+                a.out_norm.data,
+                a.epsilon,
+                nullptr,
+                nullptr,
+                0,
+                nullptr,
+                segments,
+                number(std::ssize(a.segments)),
+                number(a.layer),
+                plain(a.layout)};
+    }
+
+    /// Without which rows, and how they are split.
+    static cuda_launch::latent_attend_args arguments(const latent_attend_args& a,
+                                                     const cuda_launch::segment* segments) {
+        return {a.q_latent.data,
+                a.q_position.data,
+                a.q_latent.stride[0],
+                a.q_latent.stride[1],
+                a.q_position.stride[0],
+                a.q_position.stride[1],
+                a.out.data,
+                a.out.stride[0],
+                a.out.stride[1],
+                a.scale,
+                0,
+                number(a.q_latent.extent[1]),
+                number(a.q_latent.extent[2]),
+                number(a.layer),
+                segments,
+                number(std::ssize(a.segments)),
+                0,
+                0,
+                nullptr,
+                0,
+                plain(a.layout)};
+    }
+
+    /// The router of a sparse layer, without where its choice goes.
+    static cuda_launch::route_args arguments(const moe_args<cuda_matrix>& a, view<const float, 2> logits) {
+        cuda_launch::route_args to{};
+        to.logits = logits.data;
+        to.logits_row = logits.stride[0];
+        to.bias = a.bias.data;
+        to.rows = number(logits.extent[0]);
+        to.experts = number(logits.extent[1]);
+        to.k = number(a.chosen);
+        to.scale = a.scale;
+        return to;
+    }
+
+    static cuda_launch::matvec_args arguments(const matmul_heads_args<cuda_matrix>& a) {
+        cuda_launch::matvec_args to{};
+        to.x = a.x.data;
+        to.x_row = a.x.stride[0];
+        to.x_head = a.x.stride[1];
+        to.rows = number(a.x.extent[0]);
+        to.columns = number(a.x.extent[2]);
+        to.heads = number(a.x.extent[1]);
+        to.products = 1;
+        to.list[0] = {a.weight.on_device, a.out.data, a.out.stride[0], a.out.stride[1], 0};
+        return to;
+    }
+
+    static cuda_launch::l2_norm_args arguments(const l2_norm_args& a) {
+        return {
+            a.x.data, a.x.stride[0], a.x.stride[1], number(a.x.extent[0]), number(a.x.extent[1]), number(a.x.extent[2]),
+            a.epsilon};
+    }
+
+    static cuda_launch::kda_gates_args arguments(const kda_gates_args& a) {
+        return {a.log_decay.data,
+                a.beta.data,
+                a.a.data,
+                a.dt_bias.data,
+                a.log_decay.stride[0],
+                a.log_decay.stride[1],
+                a.beta.stride[0],
+                number(a.log_decay.extent[0]),
+                number(a.log_decay.extent[1]),
+                number(a.log_decay.extent[2])};
+    }
+
+    static cuda_launch::gated_norm_args arguments(const gated_norm_args& a) {
+        return {a.x.data,         a.weight.data,    a.gate.data,           a.x.stride[0],         a.x.stride[1],
+                a.gate.stride[0], a.gate.stride[1], number(a.x.extent[0]), number(a.x.extent[1]), number(a.x.extent[2]),
+                a.epsilon};
     }
 };
 
