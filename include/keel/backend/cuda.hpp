@@ -266,7 +266,7 @@ public:
             if (a.shared_gate != nullptr) swiglu({h, *a.shared_gate, *a.shared_up, *a.shared_down, a.x, true});
             return;
         }
-        const bool codes = quantise(a.x.extent[1]) == 1 && is_integer(a.gate) && is_integer(a.up) &&
+        const bool codes = n > 1 && quantise(a.x.extent[1]) == 1 && is_integer(a.gate) && is_integer(a.up) &&
                            (a.shared_gate == nullptr || (is_integer(*a.shared_gate) && is_integer(*a.shared_up)));
         const index code_bytes = cuda_launch::code_row_bytes(number((a.x.extent[1] + 31) / 32));
         const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);

@@ -69,16 +69,32 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
         commit_copies();
     };
     fetch(0, 0);
-#pragma unroll 4
-    for (int h = warp; h < heads; h += warps) {
-        const int at = min(first_head + h, a.heads - 1);
-        const float* latent = a.q_latent + r * a.latent_row + at * a.latent_head;
-        const float* position = a.q_position + r * a.position_row + at * a.position_head;
-        for (int c = 4 * lane; c < width; c += 4 * warp_size) {
-            const float4 v = *reinterpret_cast<const float4*>(c < a.rank ? latent + c : position + c - a.rank);
-            const __half2 halves[2] = {__floats2half2_rn(v.x * a.scale, v.y * a.scale),
-                                       __floats2half2_rn(v.z * a.scale, v.w * a.scale)};
-            *reinterpret_cast<uint2*>(q + h * pitch + c) = *reinterpret_cast<const uint2*>(halves);
+    // All that a warp converts is asked for at once, from inside the row where it would be behind the end.
+    constexpr int heads_of_warp = heads / warps, pieces = 5, columns = 4 * warp_size;
+    for (int from = 0; from < width; from += pieces * columns) {
+        float4 v[heads_of_warp][pieces];
+#pragma unroll
+        for (int i = 0; i < heads_of_warp; ++i) {
+            const int at = min(first_head + warp + i * warps, a.heads - 1);
+            const float* latent = a.q_latent + r * a.latent_row + at * a.latent_head;
+            const float* position = a.q_position + r * a.position_row + at * a.position_head;
+#pragma unroll
+            for (int j = 0; j < pieces; ++j) {
+                const int c = min(from + j * columns + 4 * lane, width - 4);
+                v[i][j] = *reinterpret_cast<const float4*>(c < a.rank ? latent + c : position + c - a.rank);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < heads_of_warp; ++i) {
+#pragma unroll
+            for (int j = 0; j < pieces; ++j) {
+                const int c = from + j * columns + 4 * lane;
+                const __half2 halves[2] = {__floats2half2_rn(v[i][j].x * a.scale, v[i][j].y * a.scale),
+                                           __floats2half2_rn(v[i][j].z * a.scale, v[i][j].w * a.scale)};
+                if (c < width)
+                    *reinterpret_cast<uint2*>(q + (warp + i * warps) * pitch + c) =
+                        *reinterpret_cast<const uint2*>(halves);
+            }
         }
     }
 

@@ -8,6 +8,14 @@
 
 #include <keel/backend/cuda/launch.hpp>
 
+namespace keel::cuda_launch {
+
+inline dim3 grid_of(int x, int y = 1, int z = 1) {
+    return {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+}
+
+}  // namespace keel::cuda_launch
+
 namespace keel::cuda_kernels {
 
 namespace launch = cuda_launch;
@@ -125,7 +133,7 @@ __device__ inline void prefetch(const unsigned char* p, int bytes) {
 }
 
 /// True if both (null or not) can be read 16 bytes at a time.
-__device__ inline bool aligned16(const void* a, const void* b) {
+__host__ __device__ inline bool aligned16(const void* a, const void* b) {
     return ((reinterpret_cast<unsigned long long>(a) | reinterpret_cast<unsigned long long>(b)) & 15) == 0;
 }
 

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <keel/backend/cuda/device.cuh>
-#include <keel/backend/cuda/matvec.cuh>
 
 namespace keel::cuda_kernels {
 
@@ -102,10 +101,6 @@ __global__ void scatter_kernel(const __grid_constant__ launch::scatter_args a) {
 }  // namespace keel::cuda_kernels
 
 namespace keel::cuda_launch {
-
-inline dim3 grid_of(int x, int y = 1, int z = 1) {
-    return {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
-}
 
 cudaError_t rms_norm(const rms_norm_args& a, cudaStream_t stream) {
     return cuda_kernels::start(cuda_kernels::rms_norm_kernel, grid_of(a.rows), 256, 0, stream, a);

@@ -1,94 +1,19 @@
 // SPDX-License-Identifier: MIT
 //
-// The router's choice, and gated feed-forward networks for few rows: only the chosen experts' weights are read. Behind
-// the router both kernels make the choice by themselves, in every block: that takes less time than a kernel in between.
+// Gated feed-forward networks for few rows: only the chosen experts' weights are read. Behind the router both kernels
+// make the choice by themselves, in every block: that takes less time than a kernel in between.
 #pragma once
 
 #include <keel/backend/cuda/device.cuh>
 #include <keel/backend/cuda/elementwise.cuh>
 #include <keel/backend/cuda/matvec.cuh>
+#include <keel/backend/cuda/one_row_experts.cuh>
+#include <keel/backend/cuda/route.cuh>
 
 namespace keel::cuda_kernels {
 
-/// A float as an unsigned number of the same order; never 0 unless it is a NaN with all bits set.
-__device__ inline unsigned ordered(float x) {
-    const unsigned bits = __float_as_uint(x);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-inline constexpr int most_experts = 1024, most_chosen = 32;
-
-/// The networks that a row goes through, in shared memory: those chosen, then the shared one.
-struct expert_slots {
-    unsigned key[most_experts];  // orders the experts
-    int which[most_chosen + 1];
-    float weight[most_chosen + 1];
-
-    /// Chooses the k best experts of row `r`, the smaller index on a tie. All threads of a block; ends with a barrier.
-    __device__ void choose(const launch::route_args& a, int r) {
-        const float* logits = a.logits + r * a.logits_row;
-        const int end = ceil_div(a.experts, warp_size) * warp_size;
-        for (int e = threadIdx.x; e < end; e += blockDim.x) {
-            key[e] = e < a.experts ? max(1u, ordered(sigmoid(__ldcg(logits + e)) + a.bias[e])) : 0;
-        }
-        __syncthreads();
-        if (threadIdx.x < warp_size) {
-            const int lane = threadIdx.x;
-            float share = 0, total = 0;
-#pragma unroll 1
-            for (int slot = 0; slot < a.k; ++slot) {
-                unsigned largest = 0;
-                int at = 0;
-#pragma unroll 8
-                for (int e = lane; e < end; e += warp_size) {
-                    if (key[e] > largest) largest = key[e], at = e;
-                }
-                const unsigned best = __reduce_max_sync(0xFFFFFFFFu, largest);
-                const int e =
-                    static_cast<int>(__reduce_min_sync(0xFFFFFFFFu, largest == best ? static_cast<unsigned>(at) : ~0u));
-                if (e % warp_size == lane) key[e] = 0;  // read by this lane alone
-                if (slot == lane) which[lane] = e, share = __ldcg(logits + e);
-            }
-            share = lane < a.k ? sigmoid(share) : 0.0f;
-            for (int slot = 0; slot < a.k; ++slot) total += __shfl_sync(0xFFFFFFFFu, share, slot);
-            if (lane < a.k) weight[lane] = share * (a.scale / fmaxf(total, 0x1p-14f));
-        }
-        __syncthreads();
-    }
-
-    /// The choice that is made of logits, or was made before. Ends with a barrier.
-    __device__ void fill(const launch::experts_args& a, int row) {
-        if (threadIdx.x == 0) which[a.k] = 0, weight[a.k] = 1;
-        if (a.route.logits != nullptr) return choose(a.route, row);
-        if (threadIdx.x < a.k) {
-            which[threadIdx.x] = a.chosen ? a.chosen[row * a.chosen_row + threadIdx.x] : 0;
-            weight[threadIdx.x] = a.chosen ? a.weights[row * a.weights_row + threadIdx.x] : 1.0f;
-        }
-        __syncthreads();
-    }
-};
-
-inline constexpr int route_threads = 128;
-
-__global__ void __launch_bounds__(route_threads) route_kernel(const __grid_constant__ launch::route_args a) {
-    __shared__ expert_slots slots;
-    wait_for_previous();
-    const int r = blockIdx.x;
-    slots.choose(a, r);
-    if (threadIdx.x < a.k) {
-        a.chosen[r * a.chosen_row + threadIdx.x] = slots.which[threadIdx.x];
-        a.weights[r * a.weights_row + threadIdx.x] = slots.weight[threadIdx.x];
-    }
-}
-
 inline constexpr int up_threads = 128, up_warps = up_threads / warp_size;
 inline constexpr int down_threads = 288, down_warps = down_threads / warp_size;
-/// What lies between the two kernels: per row and slot, the down product's input as `staged` wants it, as codes if its
-/// weights are codes. Units of the widest network apart.
-__device__ inline unsigned char* hidden_of(const launch::experts_args& a, int slots, int units, int row, int slot) {
-    return reinterpret_cast<unsigned char*>(a.hidden) +
-           (static_cast<long long>(row) * slots + slot) * staged::value_bytes(units);
-}
 
 /// silu(W_gate x) * W_up x. A block makes a unit of 32 elements of one slot. The shared network's blocks come first, as
 /// its weights need no choice. Grid: (units, slots, rows).
@@ -133,7 +58,8 @@ __global__ void __launch_bounds__(up_threads, 5)
         end_copies();
     }
     if (!shared) slots.fill(a, row);
-    if (a.codes == nullptr) stage_weighted(x, units, floats, codes, a.x + row * a.x_row, a.norm, columns, squares);
+    if (a.codes == nullptr)
+        stage_weighted(x, units, floats, codes, up_threads, a.x + row * a.x_row, a.norm, columns, squares);
     const int which = shared ? 0 : slots.which[slot];
     if (!shared) fetch(which, 0), fetch(which, 1);
     if (shared || a.codes == nullptr || From == space::global) {
@@ -142,7 +68,8 @@ __global__ void __launch_bounds__(up_threads, 5)
         copies_done<2>();  // the codes, not yet the weights
     }
     __syncthreads();
-    const float factor = a.codes == nullptr && a.norm != nullptr ? inverse_rms(squares, columns, a.epsilon) : 1.0f;
+    const float factor =
+        a.codes == nullptr && a.norm != nullptr ? inverse_rms(squares, up_threads, columns, a.epsilon) : 1.0f;
 
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
@@ -170,12 +97,7 @@ __global__ void __launch_bounds__(up_threads, 5)
         out.values[staged::place(32 * unit + i)] = value;
         return;
     }
-    const float largest = lanes_max(fabsf(value));
-    const int q = __float2int_rn(value * (largest > 0 ? 127.0f / largest : 0.0f));
-    const int sum_of_codes = lanes_sum<16>(q);
-    const int other = __shfl_xor_sync(0xFFFFFFFFu, sum_of_codes, 16);
-    (i < 16 ? out.first : out.second)[16 * unit + i % 16] = static_cast<signed char>(q);
-    if (i == 0) out.marks[unit] = {__float_as_int(largest * (1 / 127.0f)), (sum_of_codes & 0xFFFF) | other << 16};
+    put_unit(out, unit, value);
 }
 
 /// out = or += the weighted sum over the slots of W_down hidden. A warp takes two elements of the output, over all
@@ -268,15 +190,9 @@ __global__ void __launch_bounds__(down_threads, 3)
 
 namespace keel::cuda_launch {
 
-/// Up to 1024 experts, up to 32 of them chosen.
-cudaError_t route(const route_args& a, cudaStream_t stream) {
-    using namespace cuda_kernels;
-    if (a.experts > most_experts || a.k > most_chosen) return cudaErrorInvalidValue;
-    return start(route_kernel, grid_of(a.rows), route_threads, 0, stream, a);
-}
-
 cudaError_t experts(const experts_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
+    if (serves_one_row(a)) return start_one_row(a, stream);
     const bool shared = a.shared_gate.data != nullptr;
     const int slots = a.k + (shared ? 1 : 0);
     if (a.k > most_chosen || a.route.experts > most_experts) return cudaErrorInvalidValue;

@@ -28,25 +28,26 @@ struct staged {
     __device__ static int place(int element) { return element + element / 32 * 4; }
 };
 
-/// What a product of codes is multiplied with, and the sums of the activations' codes.
-struct unit_mark {
-    float scale;
-    int sums;
+/// A unit of activations as codes, in registers.
+struct unit_codes {
+    int4 first, second;  // elements 0 to 15, 16 to 31
+    float scale;         // what a product of codes is multiplied with
+    int sums;            // of the codes: elements 0 to 15 low, 16 to 31 high
 
-    __device__ unit_mark(const staged& x, int u) {
+    __device__ unit_codes(const staged& x, int u)
+        : first(*reinterpret_cast<const int4*>(x.first + 16 * u)),
+          second(*reinterpret_cast<const int4*>(x.second + 16 * u)) {
         const int2 mark = x.marks[u];
-        scale = __int_as_float(mark.x);
-        sums = mark.y;
+        scale = __int_as_float(mark.x), sums = mark.y;
     }
 };
 
 __device__ inline int low_sum(int sums) { return static_cast<short>(sums & 0xFFFF); }
 __device__ inline int high_sum(int sums) { return sums >> 16; }
 
-/// Products of the 16 codes in a and in b, each with 16 activations of unit u.
-__device__ inline int2 dot_codes(const unsigned (&a)[4], const unsigned (&b)[4], const staged& x, int u) {
-    const int4 lo = *reinterpret_cast<const int4*>(x.first + 16 * u);
-    const int4 hi = *reinterpret_cast<const int4*>(x.second + 16 * u);
+/// Products of the 16 codes in a and in b, each with 16 activations of the unit.
+__device__ inline int2 dot_codes(const unsigned (&a)[4], const unsigned (&b)[4], const unit_codes& x) {
+    const int4 &lo = x.first, &hi = x.second;
     int2 sum{0, 0};
     sum.x = __dp4a(static_cast<int>(a[0]), lo.x, sum.x);
     sum.y = __dp4a(static_cast<int>(b[0]), hi.x, sum.y);
@@ -195,16 +196,14 @@ struct format<launch::layout::wide> {
             out[i + 16] = __uint_as_float(w.scales.z) * static_cast<float>(code(b, i)) - __uint_as_float(w.scales.w);
         }
     }
-    __device__ static float dot(const piece& w, const staged& x, int u) {
+    __device__ static float dot(const piece& w, const unit_codes& x) {
         unsigned a[4], b[4];
         w.codes.unpack(a, b);
-        const int2 sum = dot_codes(a, b, x, u);
-        const unit_mark mark(x, u);
-        const int ones = mark.sums;
-        return mark.scale * (__uint_as_float(w.scales.x) * static_cast<float>(sum.x) -
-                             __uint_as_float(w.scales.y) * static_cast<float>(low_sum(ones)) +
-                             __uint_as_float(w.scales.z) * static_cast<float>(sum.y) -
-                             __uint_as_float(w.scales.w) * static_cast<float>(high_sum(ones)));
+        const int2 sum = dot_codes(a, b, x);
+        return x.scale * (__uint_as_float(w.scales.x) * static_cast<float>(sum.x) -
+                          __uint_as_float(w.scales.y) * static_cast<float>(low_sum(x.sums)) +
+                          __uint_as_float(w.scales.z) * static_cast<float>(sum.y) -
+                          __uint_as_float(w.scales.w) * static_cast<float>(high_sum(x.sums)));
     }
 };
 
@@ -242,10 +241,9 @@ struct scaled_pair {
             out[i + 16] = d * static_cast<float>(code(b, i)) - m;
         }
     }
-    __device__ float dot(int sum, const staged& x, int u) const {
-        const unit_mark mark(x, u);
-        return mark.scale *
-               (scale() * static_cast<float>(sum) - minimum() * static_cast<float>(__dp2a_lo(mark.sums, 0x0101, 0)));
+    __device__ float dot(int sum, const unit_codes& x) const {
+        return x.scale *
+               (scale() * static_cast<float>(sum) - minimum() * static_cast<float>(__dp2a_lo(x.sums, 0x0101, 0)));
     }
 };
 
@@ -266,16 +264,15 @@ struct format<launch::layout::q4_k> {
         unpack_nibbles(w.codes, a, b);
         w.scales.decode(a, b, out);
     }
-    __device__ static float dot(const piece& w, const staged& x, int u) {
+    __device__ static float dot(const piece& w, const unit_codes& x) {
         const unsigned words[4] = {w.codes.x, w.codes.y, w.codes.z, w.codes.w};
-        const int4 lo = *reinterpret_cast<const int4*>(x.first + 16 * u);
-        const int4 hi = *reinterpret_cast<const int4*>(x.second + 16 * u);
+        const int4 &lo = x.first, &hi = x.second;
         int low = 0, high = 0;  // high nibbles stay where they are: 16 times their value, in unsigned bytes
         low = dot_unsigned(words[0] & 0x0F0F0F0Fu, lo.x, low), high = dot_unsigned(words[0] & 0xF0F0F0F0u, hi.x, high);
         low = dot_unsigned(words[1] & 0x0F0F0F0Fu, lo.y, low), high = dot_unsigned(words[1] & 0xF0F0F0F0u, hi.y, high);
         low = dot_unsigned(words[2] & 0x0F0F0F0Fu, lo.z, low), high = dot_unsigned(words[2] & 0xF0F0F0F0u, hi.z, high);
         low = dot_unsigned(words[3] & 0x0F0F0F0Fu, lo.w, low), high = dot_unsigned(words[3] & 0xF0F0F0F0u, hi.w, high);
-        return w.scales.dot(low + (high >> 4), x, u);
+        return w.scales.dot(low + (high >> 4), x);
     }
 };
 
@@ -307,11 +304,11 @@ struct format<launch::layout::q5_k> {
         w.unpack(a, b);
         w.scales.decode(a, b, out);
     }
-    __device__ static float dot(const piece& w, const staged& x, int u) {
+    __device__ static float dot(const piece& w, const unit_codes& x) {
         unsigned a[4], b[4];
         w.unpack(a, b);
-        const int2 sum = dot_codes(a, b, x, u);
-        return w.scales.dot(sum.x + sum.y, x, u);
+        const int2 sum = dot_codes(a, b, x);
+        return w.scales.dot(sum.x + sum.y, x);
     }
 };
 
@@ -353,18 +350,29 @@ struct format<launch::layout::q6_k> {
             out[i + 16] = d1 * static_cast<float>(code(b, i) - 32);
         }
     }
-    __device__ static float dot(const piece& w, const staged& x, int u) {
+    __device__ static float dot(const piece& w, const unit_codes& x) {
         unsigned a[4], b[4];
         w.unpack(a, b);
-        const int2 sum = dot_codes(a, b, x, u);
-        const unit_mark mark(x, u);
-        const int total =
-            w.scale(0) * (sum.x - 32 * low_sum(mark.sums)) + w.scale(1) * (sum.y - 32 * high_sum(mark.sums));
-        return half_bits(w.factor) * mark.scale * static_cast<float>(total);
+        const int2 sum = dot_codes(a, b, x);
+        const int total = w.scale(0) * (sum.x - 32 * low_sum(x.sums)) + w.scale(1) * (sum.y - 32 * high_sum(x.sums));
+        return half_bits(w.factor) * x.scale * static_cast<float>(total);
     }
 };
 
-/// Calls f.template operator()<format>() with the format of a layout, for code that is compiled for all of them.
+/// Calls f.template operator()<format>() with the format of a K-quant's layout: code for all of them.
+template <class F>
+__device__ inline void visit_k_quant(launch::layout type, F&& f) {
+    switch (type) {
+        case launch::layout::q4_k:
+            return f.template operator()<format<launch::layout::q4_k>>();
+        case launch::layout::q5_k:
+            return f.template operator()<format<launch::layout::q5_k>>();
+        default:
+            return f.template operator()<format<launch::layout::q6_k>>();
+    }
+}
+
+/// The same with all layouts.
 template <class F>
 __device__ inline void visit_format(launch::layout type, F&& f) {
     switch (type) {
@@ -376,18 +384,15 @@ __device__ inline void visit_format(launch::layout type, F&& f) {
             return f.template operator()<format<launch::layout::bf16>>();
         case launch::layout::q8_0:
             return f.template operator()<format<launch::layout::q8_0>>();
-        case launch::layout::q4_k:
-            return f.template operator()<format<launch::layout::q4_k>>();
-        case launch::layout::q5_k:
-            return f.template operator()<format<launch::layout::q5_k>>();
-        case launch::layout::q6_k:
-            return f.template operator()<format<launch::layout::q6_k>>();
         case launch::layout::wide:
             return f.template operator()<format<launch::layout::wide>>();
+        default:
+            return visit_k_quant(type, f);
     }
 }
 
-__host__ __device__ constexpr bool is_integer(launch::layout type) { return type > launch::layout::q8_0; }
+__host__ __device__ constexpr bool is_integer(launch::layout t) { return t > launch::layout::q8_0; }
+__host__ __device__ constexpr bool is_k_quant(launch::layout t) { return is_integer(t) && t < launch::layout::wide; }
 
 __host__ __device__ constexpr int units_of(int columns) { return ceil_div(columns, 32); }
 

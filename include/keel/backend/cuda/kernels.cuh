@@ -11,10 +11,12 @@
 #include <keel/backend/cuda/feed_forward.cuh>
 #include <keel/backend/cuda/flash.cuh>
 #include <keel/backend/cuda/kda_chunk.cuh>
+#include <keel/backend/cuda/kda_mix.cuh>
 #include <keel/backend/cuda/kda_step.cuh>
 #include <keel/backend/cuda/matvec.cuh>
 #include <keel/backend/cuda/products.cuh>
 #include <keel/backend/cuda/repack.cuh>
+#include <keel/backend/cuda/route.cuh>
 #include <keel/backend/cuda/shortlist.cuh>
 
 namespace keel::cuda_launch {

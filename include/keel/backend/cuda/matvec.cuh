@@ -7,87 +7,12 @@
 #include <climits>
 
 #include <keel/backend/cuda/device.cuh>
+#include <keel/backend/cuda/f32_rows.cuh>
 #include <keel/backend/cuda/formats.cuh>
+#include <keel/backend/cuda/one_row.cuh>
+#include <keel/backend/cuda/staging.cuh>
 
 namespace keel::cuda_kernels {
-
-/// Eight neighbouring elements.
-struct eight {
-    float4 first, second;
-};
-
-__device__ inline float4 times(const float4& a, const float4& b) {
-    return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
-}
-__device__ inline float largest_of(const float4& v) {
-    return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-}
-__device__ inline float squares_of(const float4& v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
-
-/// Four codes of 8 bits.
-__device__ inline int codes_of(const float4& v, float factor) {
-    const int q0 = __float2int_rn(v.x * factor), q1 = __float2int_rn(v.y * factor), q2 = __float2int_rn(v.z * factor),
-              q3 = __float2int_rn(v.w * factor);
-    return static_cast<int>(__byte_perm(__byte_perm(q0, q1, 0x0040), __byte_perm(q2, q3, 0x0040), 0x5410));
-}
-
-/// Puts a row of activations into shared memory. load(i) returns its elements from i on, zeros behind the end; four
-/// lanes make a unit.
-template <class F>
-__device__ inline void stage(const staged& x, int units, bool floats, bool codes, F&& load) {
-    const int end = ceil_div(units * 4, warp_size) * warp_size;
-    const auto load_inside = [&](int i) { return i < 4 * units ? load(8 * i) : eight{}; };
-    eight ahead = load_inside(threadIdx.x);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < end; i += blockDim.x) {
-        const int u = i / 4, part = i % 4;
-        const bool inside = u < units;
-        const eight v = ahead;
-        ahead = load_inside(i + blockDim.x);
-        if (floats && inside) {
-            float4* to = reinterpret_cast<float4*>(x.values + staged::place(8 * i));
-            to[0] = v.first, to[1] = v.second;
-        }
-        if (!codes) continue;
-        const float largest = lanes_max<4>(fmaxf(largest_of(v.first), largest_of(v.second)));
-        const float factor = largest > 0 ? __fdividef(127.0f, largest) : 0.0f;
-        const int2 q = {codes_of(v.first, factor), codes_of(v.second, factor)};
-        const int sum = lanes_sum<2>(__dp4a(q.x, 0x01010101, __dp4a(q.y, 0x01010101, 0)));
-        const int other = __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-        if (!inside) continue;
-        *reinterpret_cast<int2*>((part < 2 ? x.first : x.second) + 16 * u + part % 2 * 8) = q;
-        if (part == 0) x.marks[u] = {__float_as_int(largest * (1 / 127.0f)), (sum & 0xFFFF) | other << 16};
-    }
-}
-
-/// Stages x * weight and leaves sums of squares of x, one per warp: products with it have to be multiplied with
-/// inverse_rms(squares) in the end. `weight` null: x alone. All threads; a barrier must follow.
-__device__ inline void stage_weighted(const staged& to, int units, bool floats, bool codes, const float* x,
-                                      const float* weight, int columns, float* squares) {
-    float sum = 0;
-    const bool whole = aligned16(x, weight) && columns % 32 == 0;
-    const auto load = [&](const float* p, int i) -> eight {
-        if (!whole) return {load_four(p, i, columns), load_four(p, i + 4, columns)};
-        const float4* from = reinterpret_cast<const float4*>(p + i);
-        return {from[0], from[1]};
-    };
-    stage(to, units, floats, codes, [&](int i) {
-        const eight v = load(x, i);
-        if (weight == nullptr) return v;
-        const eight w = load(weight, i);
-        sum += squares_of(v.first) + squares_of(v.second);
-        return eight{times(v.first, w.first), times(v.second, w.second)};
-    });
-    sum = lanes_sum(sum);
-    if (threadIdx.x % warp_size == 0) squares[threadIdx.x / warp_size] = sum;
-}
-
-/// From the sums of squares of the block's warps, behind a barrier.
-__device__ inline float inverse_rms(const float* squares, int columns, float epsilon) {
-    float sum = 0;
-    for (int w = 0; w < blockDim.x / warp_size; ++w) sum += squares[w];
-    return 1.0f / sqrtf(sum / static_cast<float>(columns) + epsilon);
-}
 
 /// Adds a piece's products with N staged rows; `distance` lies between these in shared memory.
 template <class Format, bool Codes, int N>
@@ -100,7 +25,7 @@ __device__ inline void add_products(const typename Format::piece& w, int p, cons
             row.first += n * distance;
             row.second += n * distance;
             row.marks += n * distance / 8;
-            sum[n] += Format::dot(w, row, p);
+            sum[n] += Format::dot(w, unit_codes(row, p));
         }
     } else {
         float values[Format::elements];
@@ -237,9 +162,9 @@ __device__ inline void stage_codes(const staged& to, int units, const launch::ma
 __device__ inline void put_codes(const launch::matvec_args& a, int row, unsigned char* memory, float* squares) {
     const int units = units_of(a.columns), bytes = staged::code_bytes(units);
     const staged here(memory, units, false);
-    stage_weighted(here, units, false, true, a.x + row * a.x_row, a.norm, a.columns, squares);
+    stage_weighted(here, units, false, true, blockDim.x, a.x + row * a.x_row, a.norm, a.columns, squares);
     __syncthreads();
-    const float factor = inverse_rms(squares, a.columns, a.epsilon);
+    const float factor = inverse_rms(squares, blockDim.x, a.columns, a.epsilon);
     for (int u = threadIdx.x; u < units; u += blockDim.x) {
         here.marks[u].x = __float_as_int(__int_as_float(here.marks[u].x) * factor);
     }
@@ -290,7 +215,7 @@ __global__ void __launch_bounds__(matvec_warps* warp_size, N > 1 ? 1 : 2)
             stage_codes(to, units, a, row);
         } else if (a.before == launch::prologue::head_norm) {
             const float* of_row = a.squares + row * (a.columns / a.head_dim * a.slabs);
-            stage(to, units, floats, codes, [&](int i) -> eight {  // whole heads of 32 elements or more
+            stage(to, units, floats, codes, blockDim.x, [&](int i) -> eight {  // whole heads of 32 elements or more
                 float sum = 0;
                 for (int s = 0; s < a.slabs; ++s) sum += of_row[i / a.head_dim * a.slabs + s];
                 const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
@@ -299,14 +224,15 @@ __global__ void __launch_bounds__(matvec_warps* warp_size, N > 1 ? 1 : 2)
                 return {times(from[0], scales), times(from[1], scales)};
             });
         } else {
-            stage_weighted(to, units, floats, codes, x, a.norm, a.columns, squares[n]);
+            stage_weighted(to, units, floats, codes, blockDim.x, x, a.norm, a.columns, squares[n]);
         }
     }
     __syncthreads();
     float factor[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-        factor[n] = a.before == launch::prologue::rms_norm ? inverse_rms(squares[n], a.columns, a.epsilon) : 1.0f;
+        factor[n] =
+            a.before == launch::prologue::rms_norm ? inverse_rms(squares[n], blockDim.x, a.columns, a.epsilon) : 1.0f;
     }
 
     const staged x(memory, units, floats);
@@ -397,6 +323,8 @@ namespace keel::cuda_launch {
 
 cudaError_t matvec(const matvec_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
+    if (serves_one_row(a)) return start_one_row(a, stream);
+    if (f32_rows::serves(a)) return start_f32_rows(a, stream);
     bool floats = false, codes = false;
     int rows = 0;
     for (int i = 0; i < a.products; ++i) {
