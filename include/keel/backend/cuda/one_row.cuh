@@ -13,11 +13,11 @@
 
 namespace keel::cuda_kernels {
 
-/// A ring of slots in shared memory: one warp, all its lanes, fills them in turn, and `Users` warps use them in turn.
+/// A ring of slots in shared memory: one warp, all its lanes, fills them in turn, and others use each when it is full.
 template <int Slots>
 class slot_ring {
 public:
-    /// One thread, before a barrier.
+    /// One thread, before a barrier. `users`: warps that release a slot before it is filled again.
     __device__ void init(int users) {
         for (int i = 0; i < Slots; ++i) full_[i].init(stage_copy::arrivals), free_[i].init(users);
         publish_to_copies();
@@ -86,6 +86,7 @@ struct alignas(16) row_step {
     int accumulate;
 };
 
+/// How blocks go through the rows of all products together.
 struct one_row_shape {
     static constexpr int users = 16, threads = users * warp_size, all_threads = threads + warp_size;
     static constexpr int most_slots = 8, summed = threads / 8;  // rows that are summed at once
@@ -101,6 +102,7 @@ struct one_row_shape {
         return staged::code_bytes(units) + partial_bytes() + steps * static_cast<int>(sizeof(row_step));
     }
 
+    /// Step i of all blocks'; behind the last, one of no rows.
     __device__ row_step step(const launch::matvec_args& a, int i) const {
         int begin = 0;
         row_step s{};
