@@ -15,6 +15,7 @@ BIN = pathlib.Path(os.environ["KEEL_BIN"])
 DATA = pathlib.Path(__file__).resolve().parents[1] / "data"
 # model: relative error of the last row and error of the mean likelihood in fast precision, as in tests/model/golden.hpp
 TOLERANCES = {"tiny-f32": (3e-3, 5e-3), "mid-f16": (5e-3, 5e-3), "mid-bf16": (2e-2, 3e-2), "small-q8": (1e-1, 5e-2)}
+EOS = 481  # of these models: where `keel generate` stops
 
 
 def keel(*arguments, isa=None):
@@ -62,12 +63,22 @@ class InstructionSets(unittest.TestCase):
                 if prompt["mean_nll"] is not None:
                     self.assertAlmostEqual(result["mean_nll"], prompt["mean_nll"], delta=nll_allowed)
 
+    def check_greedy(self, isa, model, precision):
+        golden = json.loads((DATA / f"golden/{model}.json").read_text())["greedy"]
+        done = keel("generate", "-m", DATA / f"models/{model}.gguf", "--precision", precision, "--temp", 0, "--json",
+                    "--ids", ",".join(map(str, golden["tokens"])), "-n", len(golden["ids"]), isa=isa)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        expected = golden["ids"][:golden["ids"].index(EOS)] if EOS in golden["ids"] else golden["ids"]
+        self.assertEqual(json.loads(done.stdout)["ids"], expected, (isa, model, precision))
+
     def test_agree_with_the_oracle(self):
         for isa in here():
             for model, allowed in TOLERANCES.items():
                 with self.subTest(isa=isa, model=model):
                     self.check_golden(isa, model, "exact", 1e-5, 1e-5)
                     self.check_golden(isa, model, "fast", *allowed)
+                    self.check_greedy(isa, model, "exact")
+                    self.check_greedy(isa, model, "fast")
 
     def test_demonstration_model(self):
         golden = json.loads((DATA / "demo/golden.json").read_text())

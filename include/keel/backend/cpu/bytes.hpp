@@ -146,6 +146,7 @@ inline constexpr bool biased_codes = false;
 
 inline ints8 no_sums() { return {_mm256_setzero_si256()}; }
 inline floats8 to_floats(ints8 x) { return {_mm256_cvtepi32_ps(x.v)}; }
+inline ints8 times256(ints8 x) { return {_mm256_slli_epi32(x.v, 8)}; }
 
 /// Four bytes, eight times.
 inline bytes32 repeat4(const std::int8_t* p) {
@@ -277,6 +278,10 @@ inline constexpr bool biased_codes = false;
 inline ints8 no_sums() { return {}; }
 inline floats8 to_floats(ints8 x) {
     return make_floats([&](int i) { return static_cast<float>(x.v[i]); });
+}
+inline ints8 times256(ints8 x) {
+    for (std::int32_t& sum : x.v) sum *= 256;
+    return x;
 }
 inline bytes32 repeat4(const std::int8_t* p) {
     bytes32 x;

@@ -277,6 +277,14 @@ struct codes<block_iq4_xs> {
 template <class Block>
 inline constexpr bool is_float_block = Block::elements == 1;
 
+/// Whether activations of 8 bits would round as coarsely as the weights do; then their rests are multiplied, too.
+template <class Block>
+inline constexpr bool takes_rests = Block::bytes >= Block::elements;
+
+/// What 1 stands for in sums of products of codes, in scales.
+template <class Block>
+inline constexpr float unit_of_sums = takes_rests<Block> ? 1.0f / 256 : 1.0f;
+
 /// What is subtracted from all codes of a type.
 template <class Block>
 inline constexpr int bias_of = codes<Block>::is_signed&& simd::biased_codes ? 128 : codes<Block>::offset;

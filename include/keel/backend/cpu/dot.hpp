@@ -24,10 +24,15 @@ void prefetch_after(const Block* b) {
     prefetch_span<Block>(reinterpret_cast<const char*>(b) + ahead);
 }
 
-/// Eight sums of four products each.
+/// Eight sums of four products each, of the 32 activations from column `at` of a row on; see unit_of_sums.
 template <class Block>
-simd::floats8 dot_part(simd::bytes32 weights, simd::bytes32 values) {
-    return simd::to_floats(simd::dot4<has_signed_codes<Block>>(simd::no_sums(), weights, values));
+simd::floats8 dot_part(simd::bytes32 weights, const std::int8_t* code, const std::int8_t* rest, index at) {
+    const auto add = [&](simd::ints8 sums, const std::int8_t* values) {
+        return simd::dot4<has_signed_codes<Block>>(sums, weights, simd::load_bytes(values + at));
+    };
+    const simd::ints8 dots = add(simd::no_sums(), code);
+    if constexpr (!takes_rests<Block>) return simd::to_floats(dots);
+    return simd::to_floats(add(simd::times256(dots), rest));
 }
 
 /// out[n][r] = row r of the weights times row x_row[n] of the activations, in bytes. The rows of weights begin with
@@ -38,12 +43,13 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
     using simd::floats8;
     constexpr bool halves = codes<Block>::group == 16;
     floats8 sums[R][N], minimums[R][N];
-    const std::int8_t* code[N];
+    const std::int8_t *code[N], *rest[N];
     const float *scale[N], *code_sum[N];
     for (int n = 0; n < N; ++n) {
         code[n] = x.code[x_row[n]].data;
+        rest[n] = x.rest[x_row[n]].data;
         scale[n] = x.scale[x_row[n]].data;
-        code_sum[n] = halves ? x.half_sum[x_row[n]].data : x.part_sum[x_row[n]].data;
+        code_sum[n] = x.template minimum_factors<Block>()[x_row[n]].data;
         for (int r = 0; r < R; ++r) sums[r][n] = minimums[r][n] = simd::splat8(0.0f);
     }
     constexpr int factors = span_columns / codes<Block>::group;
@@ -56,7 +62,7 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
             prefetch_after(w + r * stride);
             span_factors(w + r * stride, factor, least);
             for (int n = 0; n < N; ++n) {
-                const floats8 own = simd::load_floats8(scale[n] + s * span_parts);
+                const floats8 own = simd::load_floats8(scale[n] + s * span_parts) * simd::splat8(unit_of_sums<Block>);
                 if constexpr (halves) {
                     half_product[r][n][0] = simd::load_floats8(factor) * simd::twice_low(own);
                     half_product[r][n][1] = simd::load_floats8(factor + 8) * simd::twice_high(own);
@@ -75,8 +81,8 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
             for (int r = 0; r < R; ++r) {
                 const simd::bytes32 weights = span_codes<Block, P>(w + r * stride);
                 for (int n = 0; n < N; ++n) {
-                    const simd::bytes32 values = simd::load_bytes(code[n] + s * span_columns + P * part_columns);
-                    const floats8 dots = dot_part<Block>(weights, values);
+                    const floats8 dots =
+                        dot_part<Block>(weights, code[n], rest[n], s * span_columns + P * part_columns);
                     const floats8 by =
                         halves ? simd::splat4<P % 4>(half_product[r][n][P / 4]) : simd::splat8(product[r][n][P]);
                     sums[r][n] = simd::fma(dots, by, sums[r][n]);
@@ -84,16 +90,17 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
             }
         });
     }
-    float rest[R][N] = {};  // minimums of the columns that fill no span
+    float last[R][N] = {};  // minimums of the columns that fill no span
     if constexpr (Block::elements == part_columns) {
         for (index p = spans * span_parts; p < columns / part_columns; ++p, ++w) {
             for (int r = 0; r < R; ++r) {
                 part_factors(w[r * stride], factor[0], least[0]);
                 const simd::bytes32 weights = span_codes<Block, 0>(w + r * stride);
                 for (int n = 0; n < N; ++n) {
-                    const floats8 dots = dot_part<Block>(weights, simd::load_bytes(code[n] + p * part_columns));
-                    sums[r][n] = simd::fma(dots, simd::splat8(factor[0] * scale[n][p]), sums[r][n]);
-                    if constexpr (has_minimums<Block>) rest[r][n] += least[0] * code_sum[n][p];
+                    const floats8 dots = dot_part<Block>(weights, code[n], rest[n], p * part_columns);
+                    const float by = factor[0] * scale[n][p] * unit_of_sums<Block>;
+                    sums[r][n] = simd::fma(dots, simd::splat8(by), sums[r][n]);
+                    if constexpr (has_minimums<Block>) last[r][n] += least[0] * code_sum[n][p];
                 }
             }
         }
@@ -101,7 +108,7 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
     for (int r = 0; r < R; ++r) {
         for (int n = 0; n < N; ++n) {
             out[n][r] = simd::sum(sums[r][n]);
-            if constexpr (has_minimums<Block>) out[n][r] -= simd::sum(minimums[r][n]) + rest[r][n];
+            if constexpr (has_minimums<Block>) out[n][r] -= simd::sum(minimums[r][n]) + last[r][n];
         }
     }
 }

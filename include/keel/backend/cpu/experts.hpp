@@ -56,14 +56,13 @@ inline void round_tasks(view<expert_task, 1> tasks, activations expert_task::*me
                         arena& memory) {
     const activations& any = tasks[0].*member;
     const index columns = any.x.extent[1];
-    const auto as = [&](const activations& in) {
-        auto most = operand::floats;
-        for (const matrix_view& w : weights) most = std::max(most, operand_of(wanted, w, in.count));
-        return most;
-    };
+    for (index i = 0; i < tasks.extent[0]; ++i) {
+        activations& in = tasks[i].*member;
+        for (const matrix_view& w : weights) in.as = std::max(in.as, operand_of(wanted, w, in.count));
+    }
     // Few rows of one token's experts are the same row: rounded once.
     const auto is_shared = [&](const activations& in) {
-        return in.source != nullptr && in.few() && as(in) == operand::bytes;
+        return in.source != nullptr && in.few() && in.as == operand::bytes;
     };
     const bool shared = std::any_of(tasks.data, tasks.data + tasks.extent[0],
                                     [&](const expert_task& task) { return is_shared(task.*member); });
@@ -71,12 +70,12 @@ inline void round_tasks(view<expert_task, 1> tasks, activations expert_task::*me
     index pieces = 0, rows = 0;
     for (index i = 0; i < tasks.extent[0]; ++i) {
         activations& in = tasks[i].*member;
-        if (as(in) == operand::floats) continue;
+        if (in.as == operand::floats) continue;
         rows += in.count;
         if (is_shared(in)) {
             in.rows = all;
         } else {
-            in.take(as(in), memory);
+            in.take(memory);
             pieces += in.pieces();
         }
     }
@@ -89,9 +88,9 @@ inline void round_tasks(view<expert_task, 1> tasks, activations expert_task::*me
         index first = 0;  // piece of a task
         for (index i = 0; i < tasks.extent[0]; ++i) {
             const activations& in = tasks[i].*member;
-            if (is_shared(in) || as(in) == operand::floats) continue;
+            if (is_shared(in) || in.as == operand::floats) continue;
             const index end = std::min(first + in.pieces(), mine.first + mine.count);
-            for (index p = std::max(first, mine.first); p < end; ++p) in.fill(as(in), p - first);
+            for (index p = std::max(first, mine.first); p < end; ++p) in.fill(p - first);
             first += in.pieces();
         }
     };

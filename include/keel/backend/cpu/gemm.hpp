@@ -49,6 +49,7 @@ struct tile_lanes {
     }
     static codes load_codes(const std::uint8_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)}; }
     static ints no_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+    static ints times256(ints x) { return {_mm512_slli_epi32(x.low, 8), _mm512_slli_epi32(x.high, 8)}; }
     static floats to_floats(ints x) { return {_mm512_cvtepi32_ps(x.low), _mm512_cvtepi32_ps(x.high)}; }
 
     /// Adds to each lane the products of its four codes with four activations.
@@ -110,6 +111,7 @@ struct tile_lanes {
     static floats fnma(floats a, floats b, floats c) { return simd::fnma(a, b, c); }
     static codes load_codes(const std::uint8_t* p) { return simd::load_bytes(p); }
     static simd::ints8 no_sums() { return simd::no_sums(); }
+    static simd::ints8 times256(simd::ints8 x) { return simd::times256(x); }
     static floats to_floats(simd::ints8 x) { return simd::to_floats(x); }
 
     template <bool Signed>
@@ -203,32 +205,34 @@ private:
     }
 };
 
-/// Rows of activations as bytes, in panels of 16 rows. Per panel and part of 32 columns: codes (16, 32), scales (16),
-/// and scale * (sum of codes) of the part (16) and of its halves (2, 16).
+/// Rows of activations as integers, in panels of 16 rows. Per panel and part of 32 columns what byte_rows has: codes
+/// and rests (16, 32), scales and sums (16), sums of halves (2, 16).
 struct byte_panels {
     static constexpr int rows = 16;
 
     index parts;
     std::int8_t* code;
+    std::int8_t* rest;
     float* scale;
     float* part_sum;
     float* half_sum;
+    float* full_sum;
 
     static constexpr index count(index n) { return (n + rows - 1) / rows; }
 
     static byte_panels take(arena& memory, index n, index columns) {
         const index parts = columns / part_columns, slots = count(n) * rows;
-        return {parts, memory.take<std::int8_t>(slots * columns).data, memory.take<float>(slots * parts).data,
-                memory.take<float>(slots * parts).data, memory.take<float>(slots * parts * 2).data};
+        const auto codes = [&] { return memory.take<std::int8_t>(slots * columns).data; };
+        const auto floats = [&](index each) { return memory.take<float>(slots * parts * each).data; };
+        return {parts, codes(), codes(), floats(1), floats(1), floats(2), floats(1)};
     }
-    static constexpr index bytes(index n, index columns) {
-        return count(n) * rows * (columns + columns / part_columns * 16) + 4 * arena::alignment;
-    }
+    static constexpr index bytes(index n, index columns) { return byte_rows::bytes(count(n) * rows, columns); }
 
     /// The panels from number `first` on.
     [[nodiscard]] byte_panels from(index first) const {
-        const index slots = first * rows * parts;
-        return {parts, code + slots * part_columns, scale + slots, part_sum + slots, half_sum + 2 * slots};
+        const index slots = first * rows * parts, columns = slots * part_columns;
+        return {parts,           code + columns, rest + columns, scale + slots, part_sum + slots, half_sum + 2 * slots,
+                full_sum + slots};
     }
 
     /// Fills panel `p` with rows source(0), ..., source(n - 1).
@@ -238,17 +242,25 @@ struct byte_panels {
         for (int slot = 0; slot < n; ++slot) {
             const float* const x = source(slot);
             for (index i = 0; i < parts; ++i) {
-                to.set(slot, i, quantise_part(x + i * part_columns, to.code + (i * rows + slot) * part_columns));
+                const index at = i * rows + slot, column = at * part_columns;
+                to.set(slot, i, quantise_part(x + i * part_columns, to.code + column, to.rest + column));
             }
         }
+    }
+
+    /// As in byte_rows, per group of columns that share a minimum (16).
+    template <class Block>
+    [[nodiscard]] const float* minimum_factors() const {
+        return codes<Block>::group == 16 ? half_sum : takes_rests<Block> ? full_sum : part_sum;
     }
 
 private:
     void set(int slot, index p, const quantised_part& q) const {
         scale[p * rows + slot] = q.scale;
-        part_sum[p * rows + slot] = q.half_sum[0] + q.half_sum[1];
         half_sum[2 * p * rows + slot] = q.half_sum[0];
         half_sum[(2 * p + 1) * rows + slot] = q.half_sum[1];
+        part_sum[p * rows + slot] = q.half_sum[0] + q.half_sum[1];
+        full_sum[p * rows + slot] = q.half_sum[0] + q.half_sum[1] + q.rest_sum;
     }
 };
 
@@ -261,22 +273,27 @@ void multiply_panel(const weight_tile& w, const byte_panels& x, int count, tile_
     constexpr int groups = part_columns / codes<Block>::group;
     constexpr int steps = part_columns / 4 / groups;
     for (int t = 0; t < count; ++t) lanes::store(sums[t], lanes::zero());
-    const float* const code_sum = groups == 1 ? x.part_sum : x.half_sum;
+    const float* const code_sum = x.template minimum_factors<Block>();
     for (index g = 0; g < x.parts * groups; ++g) {
         const index part = g / groups;
-        const std::int8_t* const values = x.code + part * byte_panels::rows * part_columns + g % groups * steps * 4;
+        const index first = part * byte_panels::rows * part_columns + g % groups * steps * 4;
         const float* const scale = x.scale + part * byte_panels::rows;
         const float* const own_sum = code_sum + g * byte_panels::rows;
         lanes::codes weights[steps];  // in registers: what is stored below could be the bytes that they come from
         for (int s = 0; s < steps; ++s) weights[s] = lanes::load_codes(w.code + (g * steps + s) * 4 * lanes::rows);
-        const lanes::floats factor = lanes::load(w.scale + g * lanes::rows);
+        const lanes::floats factor =
+            lanes::multiply(lanes::load(w.scale + g * lanes::rows), lanes::splat(unit_of_sums<Block>));
         const lanes::floats least = has_minimums<Block> ? lanes::load(w.min + g * lanes::rows) : lanes::zero();
         for (int t = 0; t < count; ++t) {
-            auto dots = lanes::no_sums();
-            for (int s = 0; s < steps; ++s) {
-                const std::int8_t* const four = values + t * part_columns + s * 4;
-                dots = lanes::template dot<has_signed_codes<Block>>(dots, weights[s], four);
-            }
+            const auto add = [&](auto dots, const std::int8_t* values) {
+                for (int s = 0; s < steps; ++s) {
+                    const std::int8_t* const four = values + first + t * part_columns + s * 4;
+                    dots = lanes::template dot<has_signed_codes<Block>>(dots, weights[s], four);
+                }
+                return dots;
+            };
+            auto dots = add(lanes::no_sums(), x.code);
+            if constexpr (takes_rests<Block>) dots = add(lanes::times256(dots), x.rest);
             lanes::floats total = lanes::load(sums[t]);
             if constexpr (has_minimums<Block>) total = lanes::fnma(least, lanes::splat(own_sum[t]), total);
             const lanes::floats by = lanes::multiply(factor, lanes::splat(scale[t]));

@@ -36,7 +36,9 @@ inline operand operand_of(precision wanted, const matrix_view& w, [[maybe_unused
     const bool quantised = info(w.type).block_elements > 1;
 #if defined(KEEL_AMX)
     const bool fits = w.columns % part_columns == 0 && (quantised || w.type == dtype::bf16);
-    if (count > few_rows && fits && amx::permitted()) return operand::halves;
+    // Weights of 8 bits deserve better than bf16, as long as the difference in time is small.
+    const bool fine = quantised && info(w.type).block_bytes >= info(w.type).block_elements;
+    if (count > (fine ? 2 * few_rows : few_rows) && fits && amx::permitted()) return operand::halves;
 #endif
     return quantised ? operand::bytes : operand::floats;
 }
@@ -46,8 +48,9 @@ struct activations {
     index count = 0;         // rows of the product
     view<const float, 2> x;  // row n of the product is row source[n] of x and of rows; without source it is row n
     const index* source = nullptr;
-    byte_rows rows = {};      // few of them
-    byte_panels panels = {};  // many, in the product's order
+    operand as = operand::floats;  // for the products that want them rounded
+    byte_rows rows = {};           // few of them
+    byte_panels panels = {};       // many, in the product's order
 #if defined(KEEL_AMX)
     half_panels halves = {};  // as panels
 #endif
@@ -57,8 +60,8 @@ struct activations {
     [[nodiscard]] bool few() const { return count <= few_rows; }
     [[nodiscard]] index row(index n) const { return source == nullptr ? n : source[n]; }
 
-    /// Takes memory for rounded values.
-    void take(operand as, arena& memory) {
+    /// Takes memory for values rounded to `as`.
+    void take(arena& memory) {
         const index columns = x.extent[1];
 #if defined(KEEL_AMX)
         if (as == operand::halves) halves = half_panels::take(memory, count, columns);
@@ -78,7 +81,7 @@ struct activations {
     /// What is rounded in one go: a row, or a panel.
     [[nodiscard]] index pieces() const { return few() ? count : byte_panels::count(count); }
 
-    void fill(operand as, index piece) const {
+    void fill(index piece) const {
         if (as == operand::bytes && few()) return rows.quantise(piece, x[row(piece)].data);
         const index first = piece * panel_rows;
         const int n = static_cast<int>(std::min<index>(panel_rows, count - first));
@@ -146,7 +149,8 @@ template <class Emit>
 void multiply_rows(precision wanted, const matrix_view& w, row_range range, const activations& in, arena scratch,
                    Emit&& emit) {
     const index last = range.first + range.count;
-    const operand as = operand_of(wanted, w, in.count);
+    const bool rounded = operand_of(wanted, w, in.count) != operand::floats;
+    const operand as = rounded ? in.as : operand::floats;
     visit_blocks(w.type, [&]<class Block>() {
         const auto* const blocks = reinterpret_cast<const Block*>(w.data);
         const index stride = w.columns / Block::elements;
@@ -268,10 +272,10 @@ inline void multiply_all(std::span<const product> products, precision wanted, th
 inline constexpr index worth_a_job = 32768;
 
 /// Rounds several activations of the same shape, with threads if it is worth it.
-inline void round_all(std::span<const activations> all, operand as, thread_pool& pool) {
+inline void round_all(std::span<const activations> all, thread_pool& pool) {
     const activations& any = all.front();
     const index pieces = any.pieces(), total = static_cast<index>(all.size()) * pieces;
-    const auto one = [&](index i) { all[static_cast<std::size_t>(i / pieces)].fill(as, i % pieces); };
+    const auto one = [&](index i) { all[static_cast<std::size_t>(i / pieces)].fill(i % pieces); };
     if (static_cast<index>(all.size()) * any.x.extent[0] * any.x.extent[1] < worth_a_job) {
         for (index i = 0; i < total; ++i) one(i);
     } else {
@@ -294,11 +298,10 @@ void matmul(view<const float, 2> x, std::initializer_list<linear<Matrix>> produc
             arena& memory) {
     const arena::scope scope(memory);
     detail::activations in{.count = x.extent[0], .x = x};
-    auto as = detail::operand::floats;
-    for (const auto& p : products) as = std::max(as, detail::operand_of(wanted, p.weight, in.count));
-    if (as != detail::operand::floats) {
-        in.take(as, memory);
-        detail::round_all({&in, 1}, as, pool);
+    for (const auto& p : products) in.as = std::max(in.as, detail::operand_of(wanted, p.weight, in.count));
+    if (in.as != detail::operand::floats) {
+        in.take(memory);
+        detail::round_all({&in, 1}, pool);
     }
     const auto list = memory.take<detail::product>(products.size());
     index count = 0;
@@ -315,11 +318,11 @@ void matmul_heads(const matmul_heads_args<Matrix>& a, precision wanted, thread_p
     const auto list = memory.take<detail::product>(heads);
     const auto as = detail::operand_of(wanted, a.weight, a.x.extent[0]);
     for (index h = 0; h < a.weight.count; ++h) {
-        inputs[h] = {.count = a.x.extent[0], .x = a.x.slice(h)};
-        inputs[h].take(as, memory);
+        inputs[h] = {.count = a.x.extent[0], .x = a.x.slice(h), .as = as};
+        inputs[h].take(memory);
         list[h] = {a.weight.matrix(h), &inputs[h], a.out.slice(h), false};
     }
-    if (as != detail::operand::floats) detail::round_all({inputs.data, heads}, as, pool);
+    if (as != detail::operand::floats) detail::round_all({inputs.data, heads}, pool);
     detail::multiply_all({list.data, heads}, wanted, pool, memory);
 }
 
