@@ -2,8 +2,9 @@
 //
 // Activations as integers of 16 bits in two signed bytes: 32 columns share a float scale,
 //   x = scale (code + rest / 256),   |code| <= 127, |rest| <= 127.
-// Weights of up to 6 bits are multiplied with the codes alone, for their own rounding is coarser than that: an error of
-// at most half a scale, |largest of the 32| / 254. Weights of 8 bits are as fine as the codes, and take the rests too.
+// Most weights are multiplied with the codes alone, for their own rounding is coarser than that: an error of at most half
+// a scale, |largest of the 32| / 254. Weights of 8 bits are as fine as the codes. Where rows are so few that it is the
+// weights that take time, these are multiplied with the rests, too.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +20,13 @@
 
 namespace keel::inline KEEL_ABI {
 namespace detail {
+
+/// How many rows are few in this sense.
+inline constexpr index rows_with_rests = 8;
+
+/// What 1 stands for in sums of products of codes.
+template <bool Rests>
+inline constexpr float unit_of_sums = Rests ? 1.0f / 256 : 1.0f;
 
 /// The scale of 32 values, their codes and rests; the sums of scale * code of each half, and that of scale * rest /
 /// 256. A value that is not finite makes the scale so, and with it every product.

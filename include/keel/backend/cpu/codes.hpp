@@ -277,13 +277,10 @@ struct codes<block_iq4_xs> {
 template <class Block>
 inline constexpr bool is_float_block = Block::elements == 1;
 
-/// Whether activations of 8 bits would round as coarsely as the weights do; then their rests are multiplied, too.
+/// Whether activations of 8 bits would round as coarsely as the weights do; then few rows have their rests multiplied,
+/// too.
 template <class Block>
 inline constexpr bool takes_rests = Block::bytes >= Block::elements;
-
-/// What 1 stands for in sums of products of codes, in scales.
-template <class Block>
-inline constexpr float unit_of_sums = takes_rests<Block> ? 1.0f / 256 : 1.0f;
 
 /// What is subtracted from all codes of a type.
 template <class Block>

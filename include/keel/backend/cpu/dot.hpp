@@ -62,7 +62,8 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
             prefetch_after(w + r * stride);
             span_factors(w + r * stride, factor, least);
             for (int n = 0; n < N; ++n) {
-                const floats8 own = simd::load_floats8(scale[n] + s * span_parts) * simd::splat8(unit_of_sums<Block>);
+                const floats8 own =
+                    simd::load_floats8(scale[n] + s * span_parts) * simd::splat8(unit_of_sums<takes_rests<Block>>);
                 if constexpr (halves) {
                     half_product[r][n][0] = simd::load_floats8(factor) * simd::twice_low(own);
                     half_product[r][n][1] = simd::load_floats8(factor + 8) * simd::twice_high(own);
@@ -98,7 +99,7 @@ void dot_bytes(const Block* w, index stride, index columns, const byte_rows& x, 
                 const simd::bytes32 weights = span_codes<Block, 0>(w + r * stride);
                 for (int n = 0; n < N; ++n) {
                     const floats8 dots = dot_part<Block>(weights, code[n], rest[n], p * part_columns);
-                    const float by = factor[0] * scale[n][p] * unit_of_sums<Block>;
+                    const float by = factor[0] * scale[n][p] * unit_of_sums<takes_rests<Block>>;
                     sums[r][n] = simd::fma(dots, simd::splat8(by), sums[r][n]);
                     if constexpr (has_minimums<Block>) last[r][n] += least[0] * code_sum[n][p];
                 }

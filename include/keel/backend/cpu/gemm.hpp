@@ -249,9 +249,9 @@ struct byte_panels {
     }
 
     /// As in byte_rows, per group of columns that share a minimum (16).
-    template <class Block>
+    template <class Block, bool Rests>
     [[nodiscard]] const float* minimum_factors() const {
-        return codes<Block>::group == 16 ? half_sum : takes_rests<Block> ? full_sum : part_sum;
+        return codes<Block>::group == 16 ? half_sum : Rests ? full_sum : part_sum;
     }
 
 private:
@@ -266,14 +266,14 @@ private:
 
 using tile_sums = float[byte_panels::rows][tile_lanes::rows];
 
-/// sums[t][r] = weight row r times activation row t, for the first `count` rows of the panel.
-template <class Block>
+/// sums[t][r] = weight row r times activation row t, for the first `count` rows of the panel, with their rests or not.
+template <class Block, bool Rests>
 void multiply_panel(const weight_tile& w, const byte_panels& x, int count, tile_sums& sums) {
     using lanes = tile_lanes;
     constexpr int groups = part_columns / codes<Block>::group;
     constexpr int steps = part_columns / 4 / groups;
     for (int t = 0; t < count; ++t) lanes::store(sums[t], lanes::zero());
-    const float* const code_sum = x.template minimum_factors<Block>();
+    const float* const code_sum = x.template minimum_factors<Block, Rests>();
     for (index g = 0; g < x.parts * groups; ++g) {
         const index part = g / groups;
         const index first = part * byte_panels::rows * part_columns + g % groups * steps * 4;
@@ -282,7 +282,7 @@ void multiply_panel(const weight_tile& w, const byte_panels& x, int count, tile_
         lanes::codes weights[steps];  // in registers: what is stored below could be the bytes that they come from
         for (int s = 0; s < steps; ++s) weights[s] = lanes::load_codes(w.code + (g * steps + s) * 4 * lanes::rows);
         const lanes::floats factor =
-            lanes::multiply(lanes::load(w.scale + g * lanes::rows), lanes::splat(unit_of_sums<Block>));
+            lanes::multiply(lanes::load(w.scale + g * lanes::rows), lanes::splat(unit_of_sums<Rests>));
         const lanes::floats least = has_minimums<Block> ? lanes::load(w.min + g * lanes::rows) : lanes::zero();
         for (int t = 0; t < count; ++t) {
             const auto add = [&](auto dots, const std::int8_t* values) {
@@ -293,7 +293,7 @@ void multiply_panel(const weight_tile& w, const byte_panels& x, int count, tile_
                 return dots;
             };
             auto dots = add(lanes::no_sums(), x.code);
-            if constexpr (takes_rests<Block>) dots = add(lanes::times256(dots), x.rest);
+            if constexpr (Rests) dots = add(lanes::times256(dots), x.rest);
             lanes::floats total = lanes::load(sums[t]);
             if constexpr (has_minimums<Block>) total = lanes::fnma(least, lanes::splat(own_sum[t]), total);
             const lanes::floats by = lanes::multiply(factor, lanes::splat(scale[t]));

@@ -36,9 +36,8 @@ inline operand operand_of(precision wanted, const matrix_view& w, [[maybe_unused
     const bool quantised = info(w.type).block_elements > 1;
 #if defined(KEEL_AMX)
     const bool fits = w.columns % part_columns == 0 && (quantised || w.type == dtype::bf16);
-    // Weights of 8 bits deserve better than bf16, as long as the difference in time is small.
-    const bool fine = quantised && info(w.type).block_bytes >= info(w.type).block_elements;
-    if (count > (fine ? 2 * few_rows : few_rows) && fits && amx::permitted()) return operand::halves;
+    const bool fine = quantised && info(w.type).block_bytes >= info(w.type).block_elements;  // see takes_rests
+    if (count > (fine ? rows_with_rests : few_rows) && fits && amx::permitted()) return operand::halves;
 #endif
     return quantised ? operand::bytes : operand::floats;
 }
@@ -198,7 +197,11 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
                 for (index p = 0; p < byte_panels::count(in.count); ++p) {
                     const int count =
                         static_cast<int>(std::min<index>(byte_panels::rows, in.count - p * byte_panels::rows));
-                    multiply_panel<Block>(tile, in.panels.from(p), count, sums);
+                    if (takes_rests<Block> && in.count <= rows_with_rests) {
+                        multiply_panel<Block, takes_rests<Block>>(tile, in.panels.from(p), count, sums);
+                    } else {
+                        multiply_panel<Block, false>(tile, in.panels.from(p), count, sums);
+                    }
                     for (int t = 0; t < count; ++t) emit(p * byte_panels::rows + t, o, sums[t], rows);
                 }
             }
