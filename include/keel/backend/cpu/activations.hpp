@@ -2,9 +2,9 @@
 //
 // Activations as integers of 16 bits in two signed bytes: 32 columns share a float scale,
 //   x = scale (code + rest / 256),   |code| <= 127, |rest| <= 127.
-// Most weights are multiplied with the codes alone, for their own rounding is coarser than that: an error of at most half
-// a scale, |largest of the 32| / 254. Weights of 8 bits are as fine as the codes. Where rows are so few that it is the
-// weights that take time, these are multiplied with the rests, too.
+// Most weights are multiplied with the codes alone, for their own rounding is coarser than that: an error of at most
+// half a scale, |largest of the 32| / 254. Weights of 8 bits are as fine as the codes. Where rows are so few that it is
+// the weights that take time, these are multiplied with the rests, too.
 #pragma once
 
 #include <algorithm>
