@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 //
-// Element types: half-width floats, and the tensor types of GGUF with their block sizes.
+// Element types: half-width floats, the tensor types of GGUF with their block sizes, and matrices of such a type as
+// they lie in memory.
 #pragma once
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <string_view>
 
@@ -117,5 +119,30 @@ constexpr const dtype_info& info(dtype type) { return *find_dtype(static_cast<st
 constexpr index row_bytes(dtype type, index columns) {
     return columns / info(type).block_elements * info(type).block_bytes;
 }
+
+/// Weight rows as they lie in a file: `count` matrices (experts, heads) of `rows` x `columns`, y = W x. Not owning.
+struct matrix_view {
+    const std::byte* data = nullptr;  ///< rows follow each other without padding; blocks may be unaligned
+    dtype type = dtype::f32;
+    index count = 1;
+    index rows = 0;
+    index columns = 0;  ///< a multiple of the type's block
+
+    [[nodiscard]] constexpr index row_bytes() const { return keel::row_bytes(type, columns); }
+    [[nodiscard]] constexpr index matrix_bytes() const { return rows * row_bytes(); }
+    [[nodiscard]] constexpr index bytes() const { return count * matrix_bytes(); }
+
+    [[nodiscard]] constexpr const std::byte* row(index i, index matrix = 0) const {
+        return data + (matrix * rows + i) * row_bytes();
+    }
+
+    /// Matrix `m` of the `count`.
+    [[nodiscard]] constexpr matrix_view matrix(index m) const { return {row(0, m), type, 1, rows, columns}; }
+
+    /// Rows [first, first + n) of a single matrix.
+    [[nodiscard]] constexpr matrix_view row_range(index first, index n) const {
+        return {row(first), type, 1, n, columns};
+    }
+};
 
 }  // namespace keel::inline KEEL_ABI
