@@ -117,7 +117,8 @@ public:
             prefill().multiply_heads(a);
             return;
         }
-        cuda_launch::matvec_args to = arguments(a);
+        auto to = per_head<cuda_launch::matvec_args>(a);
+        to.products = 1;
         to.quantise = quantise(a.x.extent[2]);
         call("matmul_heads", cuda_launch::matvec(to, stream()));
     }

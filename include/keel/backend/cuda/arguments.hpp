@@ -254,15 +254,16 @@ protected:
         return to;
     }
 
-    static cuda_launch::matvec_args arguments(const matmul_heads_args<cuda_matrix>& a) {
-        cuda_launch::matvec_args to{};
+    /// One small matrix per head, for the mat-vec kernels or those of many rows. Without how many products there are.
+    template <class To>
+    static To per_head(const matmul_heads_args<cuda_matrix>& a) {
+        To to{};
         to.x = a.x.data;
         to.x_row = a.x.stride[0];
         to.x_head = a.x.stride[1];
         to.rows = number(a.x.extent[0]);
         to.columns = number(a.x.extent[2]);
         to.heads = number(a.x.extent[1]);
-        to.products = 1;
         to.list[0] = {a.weight.on_device, a.out.data, a.out.stride[0], a.out.stride[1], 0};
         return to;
     }

@@ -44,6 +44,21 @@ struct kda_exchange {
     float4 out[2][kda_slabs][kda_parts<D>][32];        // the 8 tokens that the other part writes
 };
 
+/// Adds the products of a part of S, as halves, with factors of 16 tokens: sums[two halves of the sum][8 tokens].
+template <int Steps>
+__device__ inline void multiply_state(float (&sums)[2][2][4], const std::uint32_t (&s)[Steps][4],
+                                      const uint4 (&factors)[2][Steps / 2]) {
+#pragma unroll
+    for (int j = 0; j < Steps / 2; ++j) {
+#pragma unroll
+        for (int token = 0; token < 2; ++token) {
+            const uint4& by = factors[token][j];
+            multiply(sums[1][token], s[2 * j], by.x, by.y);
+            multiply(sums[0][token], s[2 * j + 1], by.z, by.w);
+        }
+    }
+}
+
 /// What a warp multiplies with in a chunk. Its loads are under way while the chunk before is worked on.
 template <int D>
 struct kda_operands {
@@ -130,14 +145,7 @@ __device__ void kda_scan(const kda_chunk_args& args, const cuda_launch::segment&
             multiply(update[0][0], f.v, f.solve.x, f.solve.y);
             multiply(update[0][1], f.v, f.solve.z, f.solve.w);
         }
-#pragma unroll
-        for (int j = 0; j < steps / 2; ++j) {
-#pragma unroll
-            for (int token = 0; token < 2; ++token) {
-                multiply(update[1][token], s[2 * j], f.erase[token][j].x, f.erase[token][j].y);
-                multiply(update[0][token], s[2 * j + 1], f.erase[token][j].z, f.erase[token][j].w);
-            }
-        }
+        multiply_state(update, s, f.erase);
         float4 sum[2];
 #pragma unroll
         for (int token = 0; token < 2; ++token) {
@@ -150,14 +158,7 @@ __device__ void kda_scan(const kda_chunk_args& args, const cuda_launch::segment&
             multiply(out[0][0], f.v, f.mix.x, f.mix.y);
             multiply(out[0][1], f.v, f.mix.z, f.mix.w);
         }
-#pragma unroll
-        for (int j = 0; j < steps / 2; ++j) {
-#pragma unroll
-            for (int token = 0; token < 2; ++token) {
-                multiply(out[1][token], s[2 * j], f.read[token][j].x, f.read[token][j].y);
-                multiply(out[0][token], s[2 * j + 1], f.read[token][j].z, f.read[token][j].w);
-            }
-        }
+        multiply_state(out, s, f.read);
 #pragma unroll
         for (int j = 0; j < 2 * steps; ++j) {
 #pragma unroll

@@ -74,15 +74,8 @@ public:
     }
     void multiply_heads(const matmul_heads_args<cuda_matrix>& a) {
         const arena::scope scope(workspace_);
-        cuda_launch::products_args to{};
-        to.x = a.x.data;
-        to.x_row = a.x.stride[0];
-        to.x_head = a.x.stride[1];
-        to.rows = number(a.x.extent[0]);
-        to.heads = number(a.x.extent[1]);
-        to.columns = number(a.x.extent[2]);
+        auto to = per_head<cuda_launch::products_args>(a);
         to.count = 1;
-        to.list[0] = {a.weight.on_device, a.out.data, a.out.stride[0], a.out.stride[1], 0};
         to.workspace = take(cuda_launch::products_bytes(to.rows * to.heads, to.columns));
         call("matmul_heads", cuda_launch::products(to, stream_));
     }
