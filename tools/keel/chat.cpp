@@ -67,7 +67,7 @@ private:
         } else if (command == "/retry") {
             const auto middle = last("<|im_middle|>", now().position());
             last_turn();  // there has to be one
-            now().rewind(middle + 1);
+            read_ = now().rewind(middle + 1);
             answer();
         } else if (command == "/edit") {
             need("the new text");
@@ -90,9 +90,11 @@ private:
             need("a file name");
             branches_[current_] = model_->resume(rest, options_.run.context, options_.sample);
         } else if (command == "/tokens") {
-            std::fprintf(stderr, "%lld of %lld tokens\n", static_cast<long long>(now().position()),
-                         static_cast<long long>(now().context()));
+            std::fprintf(stderr, "%s of %s tokens, %s were read for the last answer\n",
+                         std::to_string(now().position()).c_str(), std::to_string(now().context()).c_str(),
+                         std::to_string(read_).c_str());
         } else {
+            if (command != "/help") std::fprintf(stderr, "%s is no command\n", command.c_str());
             std::fprintf(stderr, "%s", help);
         }
     }
@@ -118,26 +120,36 @@ private:
         const std::int64_t before = now().position();
         if (before == 0 && !options_.system.empty()) messages.push_back({message::author::system, options_.system});
         messages.push_back({message::author::user, text});
-        now().feed(model_->turn(messages, before > 0),
-                   [&](std::string_view stage, std::uint64_t done, std::uint64_t total) {
-                       return !interrupted && (!options_.run.model.tell || options_.run.model.tell(stage, done, total));
-                   });
+        const auto turn = model_->turn(messages, before > 0);
+        const std::int64_t left = now().context() - before;
+        if (static_cast<std::int64_t>(turn.size()) >= left) {  // an answer wants a token, too
+            throw std::runtime_error("the message takes " + std::to_string(turn.size()) + " tokens, and " +
+                                     std::to_string(left) + " are left: /undo makes room, --ctx gives more");
+        }
+        now().feed(turn, [&](std::string_view stage, std::uint64_t done, std::uint64_t total) {
+            read_ = static_cast<std::int64_t>(total);
+            return !interrupted && (!options_.run.model.tell || options_.run.model.tell(stage, done, total));
+        });
         answer();
     }
 
+    /// Up to the model's end of it, to Ctrl-C, or to the end of the context.
     void answer() {
-        while (!interrupted) {
+        bool ended = false;
+        while (!ended && !interrupted && now().position() < now().context()) {
             const auto next = now().next();
-            if (!next) break;
-            std::cout << now().show(*next) << std::flush;
+            ended = !next;
+            if (next) std::cout << now().show(*next) << std::flush;
         }
         std::cout << now().show_rest() << std::endl;
+        if (!ended && !interrupted) std::fprintf(stderr, "the context is full: /undo makes room\n");
     }
 
     const chat_options& options_;
     std::unique_ptr<model> model_;
     std::vector<std::unique_ptr<session>> branches_;
     std::size_t current_ = 0;
+    std::int64_t read_ = 0;  // tokens that ran through the model before the last answer
 };
 
 }  // namespace
@@ -153,7 +165,7 @@ void chat(const chat_options& options) {
         try {
             talk.take(line);
         } catch (const std::exception& e) {
-            std::fprintf(stderr, "%s\n", e.what());
+            std::fprintf(stderr, "%s\n", interrupted ? "stopped, the conversation is as it was" : e.what());
         }
     }
     std::fprintf(stderr, "\n");
