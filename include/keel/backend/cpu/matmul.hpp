@@ -35,7 +35,7 @@ inline operand operand_of(precision wanted, const matrix_view& w, [[maybe_unused
     if (wanted == precision::exact) return operand::floats;
     const bool quantised = info(w.type).block_elements > 1;
 #if defined(KEEL_AMX)
-    const bool fits = w.columns % part_columns == 0 && (quantised || w.type == dtype::bf16);
+    const bool fits = w.columns % part_columns == 0 && w.type != dtype::f32;
     const bool fine = quantised && info(w.type).block_bytes >= info(w.type).block_elements;  // see takes_rests
     if (count > (fine ? rows_with_rests : few_rows) && fits && amx::permitted()) return operand::halves;
 #endif
@@ -161,7 +161,7 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
             for (index o = range.first + 4 * groups; o < last; ++o) f.template operator()<1>(o, index{1});
         };
 #if defined(KEEL_AMX)
-        if constexpr (Block::type != dtype::f32 && Block::type != dtype::f16) {
+        if constexpr (Block::type != dtype::f32) {
             if (as == operand::halves) {
                 return multiply_halves(blocks, w.columns, range.first, last, in.halves, in.count, scratch, emit);
             }
