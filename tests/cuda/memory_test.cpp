@@ -43,7 +43,10 @@ TEST_CASE("a model takes the GPU memory that was planned, within one percent", "
     // A session's cache grows by blocks: 601 tokens take three of them.
     const keel::index cache = 3 * memory_layout::block_rows * plan.cache_per_token;
     const auto planned = static_cast<double>(plan.weights + plan.workspace + 3 * (plan.state + cache));
-    std::printf("planned %.1f MB, taken %.1f MB, %+.2f %%\n", planned * 1e-6, taken * 1e-6,
-                (taken / planned - 1) * 100);
+    std::printf(
+        "planned %.1f MB (weights %.1f, workspace %.1f, three sessions of %.1f + %.1f), taken %.1f MB, %+.2f %%\n",
+        planned * 1e-6, static_cast<double>(plan.weights) * 1e-6, static_cast<double>(plan.workspace) * 1e-6,
+        static_cast<double>(plan.state) * 1e-6, static_cast<double>(cache) * 1e-6, taken * 1e-6,
+        (taken / planned - 1) * 100);
     CHECK(std::abs(taken / planned - 1) <= 0.01);
 }

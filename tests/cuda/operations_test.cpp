@@ -2,13 +2,9 @@
 //
 // Every operation of the CUDA backend against class reference, which accumulates in double.
 #include <algorithm>
-#include <cmath>
+#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
-#include <memory>
-#include <numeric>
-#include <random>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,135 +12,11 @@
 #include <keel/backend/cuda.hpp>
 #include <keel/backend/reference.hpp>
 
-#include "backend/operands.hpp"
 #include "catch.hpp"
+#include "cuda/operations.hpp"
 #include "shortlist.hpp"
 
 namespace keel::testing {
-namespace {
-
-constexpr index workspace_bytes = index{256} << 20;
-
-/// A backend with copies of host arrays on the GPU, which it keeps.
-class gpu {
-public:
-    explicit gpu(precision p) : b(std::make_shared<cuda_device>(backend_options{p, 0, 0}), workspace_bytes) {}
-
-    template <class T, int Rank>
-    view<T, Rank> put(view<T, Rank> host) {
-        using value = std::remove_const_t<T>;
-        buffers_.push_back(b.allocate(host.size() * static_cast<index>(sizeof(T))));
-        b.upload(buffers_.back().data(), reinterpret_cast<const std::byte*>(host.data), buffers_.back().size());
-        view<T, Rank> there = host;
-        there.data = reinterpret_cast<value*>(buffers_.back().data());
-        return there;
-    }
-
-    template <class T, int Rank>
-    std::vector<std::remove_const_t<T>> get(view<T, Rank> from) {
-        std::vector<std::remove_const_t<T>> values(static_cast<std::size_t>(from.size()));
-        b.download(reinterpret_cast<std::byte*>(values.data()), reinterpret_cast<const std::byte*>(from.data),
-                   from.size() * static_cast<index>(sizeof(T)));
-        return values;
-    }
-
-    /// The sequences' memory on the GPU, where bring_back() fetches it from.
-    std::span<const segment> put(sequences& host) {
-        segments_.clear();
-        addresses_.clear();
-        copies_.clear();
-        for (const segment& s : host.segments()) {
-            segment here = s;
-            here.recurrent = mirror(s.recurrent, host.layout().recurrent_bytes());
-            std::vector<std::byte*> blocks;
-            for (index p = 0; p < s.position + s.rows; p += memory_layout::block_rows) {
-                blocks.push_back(mirror(s.blocks[p / memory_layout::block_rows], host.layout().block_bytes()));
-            }
-            addresses_.push_back(std::move(blocks));
-            segments_.push_back(here);
-        }
-        for (std::size_t i = 0; i < segments_.size(); ++i) segments_[i].blocks = addresses_[i].data();
-        return segments_;
-    }
-    void bring_back() {
-        for (const copy& c : copies_) b.download(c.host, c.device, c.bytes);
-    }
-
-    cuda b;
-
-private:
-    struct copy {
-        std::byte *host, *device;
-        index bytes;
-    };
-
-    std::byte* mirror(std::byte* host, index bytes) {
-        if (bytes == 0) return nullptr;
-        buffers_.push_back(b.allocate(bytes));
-        b.upload(buffers_.back().data(), host, bytes);
-        copies_.push_back({host, buffers_.back().data(), bytes});
-        return buffers_.back().data();
-    }
-
-    std::vector<cuda_buffer> buffers_;
-    std::vector<segment> segments_;
-    std::vector<std::vector<std::byte*>> addresses_;
-    std::vector<copy> copies_;
-};
-
-reference make_reference() {
-    return {std::make_shared<reference::device>(backend_options{precision::exact, 1, 0}), workspace_bytes};
-}
-
-/// Random weights of any type: every bit of the codes, scales of about `size`.
-class random_matrix {
-public:
-    random_matrix(dtype type, index count, index rows, index columns, std::uint32_t seed, float size = 0.05f) {
-        std::mt19937 engine(seed);
-        std::uniform_int_distribution<int> byte(0, 255);
-        std::normal_distribution<float> normal(0.0f, size);
-        view_ = {nullptr, type, count, rows, columns};
-        bytes_.resize(static_cast<std::size_t>(view_.bytes()));
-        for (auto& b : bytes_) b = static_cast<std::byte>(byte(engine));
-        visit_blocks(type, [&]<class Block>() {
-            auto* blocks = reinterpret_cast<Block*>(bytes_.data());
-            for (index i = 0; i < view_.bytes() / Block::bytes; ++i) {
-                Block& b = blocks[i];
-                if constexpr (std::is_same_v<Block, block_f32>) b.value.set(normal(engine));
-                if constexpr (std::is_same_v<Block, block_f16>) b.value.set(to_f16(normal(engine)));
-                if constexpr (std::is_same_v<Block, block_bf16>) b.value.set(to_bf16(normal(engine)));
-                if constexpr (std::is_same_v<Block, block_mxfp4>) b.e = static_cast<std::uint8_t>(120 + i % 4);
-                const float scale = Block::elements == 256 ? size / 64 : size / 8;
-                if constexpr (requires { b.d; }) b.d.set(to_f16(scale * (1 + normal(engine))));
-                if constexpr (requires { b.m; }) b.m.set(to_f16(-3 * scale));
-                if constexpr (requires { b.dmin; }) b.dmin.set(to_f16(2 * scale));
-            }
-        });
-        view_.data = bytes_.data();
-    }
-
-    operator const matrix_view&() const { return view_; }
-    [[nodiscard]] const matrix_view& shape() const { return view_; }
-
-private:
-    std::vector<std::byte> bytes_;
-    matrix_view view_;
-};
-
-constexpr dtype all_types[] = {dtype::f32,  dtype::f16,    dtype::bf16,   dtype::q8_0, dtype::q4_0, dtype::q4_1,
-                               dtype::q5_0, dtype::q5_1,   dtype::q2_k,   dtype::q3_k, dtype::q4_k, dtype::q5_k,
-                               dtype::q6_k, dtype::iq4_nl, dtype::iq4_xs, dtype::mxfp4};
-
-bool is_plain(dtype type) { return type == dtype::f32 || type == dtype::f16 || type == dtype::bf16; }
-
-/// Many rows are rounded to halves, few to 8 bits where weights are codes of at most 6.
-double allowed(dtype type, precision p, index rows = 1) {
-    if (p == precision::exact) return 2e-6;
-    if (rows >= 8) return 2e-3;
-    return is_plain(type) || type == dtype::q8_0 ? 2e-6 : 2e-2;
-}
-
-}  // namespace
 
 TEST_CASE("every type of weights lies on the GPU with exactly its values") {
     for (const dtype type : all_types) {
@@ -543,98 +415,6 @@ TEST_CASE("experts and gated networks") {
                        dd = g.b.bind(dense_down, nullptr);
             g.b.swiglu({mx, dg, du, dd, mo, true});
             CHECK(relative_error(g.get(mo), expected.values) <= tolerance);
-        }
-    }
-}
-
-TEST_CASE("one row through several matrices of K-quants at once, with and without the norm") {
-    gpu g(precision::fast);
-    auto host = make_reference();
-    random_numbers random(21);
-    for (const index columns : {index{256}, index{768}, index{2304}, index{4096}, index{9216}}) {
-        for (const index rows : {index{37}, index{4099}}) {
-            CAPTURE(columns, rows);
-            const random_matrix w4(dtype::q4_k, 1, rows, columns, 31), w5(dtype::q5_k, 1, 130, columns, 32),
-                w6(dtype::q6_k, 1, 2 * rows, columns, 33);
-            const index all[] = {rows, 130, 2 * rows};
-            array x = random.normal(columns), norm = random.uniform(columns, 0.5f, 2.0f), h(columns);
-            const auto m4 = g.b.bind(w4, nullptr), m5 = g.b.bind(w5, nullptr), m6 = g.b.bind(w6, nullptr);
-            const auto mx = g.put(x.as(index{1}, columns));
-            const auto mn = g.put(norm.as(columns));
-            host.rms_norm({x.as(index{1}, columns), norm.as(columns), 1e-5f, h.as(index{1}, columns)});
-            for (const bool normed : {false, true}) {
-                CAPTURE(normed);
-                array y[3];
-                view<float, 2> there[3];
-                for (int i = 0; i < 3; ++i) {
-                    y[i] = random.normal(all[i]);
-                    there[i] = g.put(y[i].as(index{1}, all[i]));
-                }
-                host.matmul((normed ? h : x).as(index{1}, columns),
-                            {{host.bind(w4, nullptr), y[0].as(index{1}, all[0])},
-                             {host.bind(w5, nullptr), y[1].as(index{1}, all[1])},
-                             {host.bind(w6, nullptr), y[2].as(index{1}, all[2]), true}});
-                const std::initializer_list<linear<cuda::matrix>> products = {
-                    {m4, there[0]}, {m5, there[1]}, {m6, there[2], true}};
-                const auto run = [&] { normed ? g.b.norm_matmul(mx, mn, 1e-5f, products) : g.b.matmul(mx, products); };
-                run();
-                for (int i = 0; i < 3; ++i) CHECK(relative_error(g.get(there[i]), y[i].values) <= 2e-2);
-                const auto once = g.get(there[0]);
-                for (int i = 0; i < 200; ++i) run();
-                CHECK(g.get(there[0]) == once);
-            }
-        }
-    }
-}
-
-TEST_CASE("a sparse layer with its norm, router and shared network, one row and few") {
-    struct shape {
-        dtype up, down;
-        index hidden, ff, experts, k;
-        bool shared;
-    };
-    for (const precision p : {precision::exact, precision::fast}) {
-        gpu g(p);
-        auto host = make_reference();
-        random_numbers random(22);
-        for (const shape& s : std::vector<shape>{{dtype::q4_k, dtype::q6_k, 2304, 1024, 64, 8, true},
-                                                 {dtype::q4_k, dtype::q4_k, 512, 256, 256, 8, true},
-                                                 {dtype::q5_k, dtype::q5_k, 768, 512, 12, 3, false},
-                                                 {dtype::q6_k, dtype::q6_k, 256, 768, 320, 8, true},
-                                                 {dtype::q4_k, dtype::q4_k, 256, 2048, 16, 4, true},
-                                                 {dtype::q8_0, dtype::q8_0, 96, 32, 16, 2, true}}) {
-            const random_matrix gate(s.up, s.experts, s.ff, s.hidden, 1), up(s.up, s.experts, s.ff, s.hidden, 2),
-                down(s.down, s.experts, s.hidden, s.ff, 3), shared_gate(s.up, 1, s.ff, s.hidden, 4),
-                shared_up(s.up, 1, s.ff, s.hidden, 5), shared_down(s.down, 1, s.hidden, s.ff, 6),
-                router(dtype::f32, 1, s.experts, s.hidden, 7);
-            const auto mg = g.b.bind(gate, nullptr), mu = g.b.bind(up, nullptr), md = g.b.bind(down, nullptr),
-                       mr = g.b.bind(router, nullptr), sg = g.b.bind(shared_gate, nullptr),
-                       su = g.b.bind(shared_up, nullptr), sd = g.b.bind(shared_down, nullptr);
-            array norm = random.uniform(s.hidden, 0.5f, 2.0f), bias = random.normal(s.experts, 0.1f);
-            const auto mn = g.put(norm.as(s.hidden)), mb = g.put(bias.as(s.experts));
-            for (const index n : {index{1}, index{3}}) {
-                CAPTURE(info(s.up).name, info(s.down).name, s.hidden, s.experts, n, p == precision::fast);
-                array x = random.normal(n * s.hidden), h(n * s.hidden), logits(n * s.experts), weights(n * s.k),
-                      y(n * s.hidden);
-                const auto mx = g.put(x.as(n, s.hidden));
-                std::vector<std::int32_t> chosen(static_cast<std::size_t>(n * s.k));
-                const view<std::int32_t, 2> c{chosen.data(), n, s.k};
-                host.rms_norm({x.as(n, s.hidden), norm.as(s.hidden), 1e-5f, h.as(n, s.hidden)});
-                host.matmul(h.as(n, s.hidden), {{host.bind(router, nullptr), logits.as(n, s.experts)}});
-                host.route({logits.as(n, s.experts), bias.as(s.experts), 2.4f, c, weights.as(n, s.k)});
-                host.experts({h.as(n, s.hidden), c, weights.as(n, s.k), host.bind(gate, nullptr),
-                              host.bind(up, nullptr), host.bind(down, nullptr), y.as(n, s.hidden)});
-                if (s.shared) {
-                    host.swiglu({h.as(n, s.hidden), host.bind(shared_gate, nullptr), host.bind(shared_up, nullptr),
-                                 host.bind(shared_down, nullptr), y.as(n, s.hidden), true});
-                }
-                g.b.moe({mx, mn, 1e-5f, mr, mb, 2.4f, s.k, mg, mu, md, s.shared ? &sg : nullptr,
-                         s.shared ? &su : nullptr, s.shared ? &sd : nullptr});
-                auto added = g.get(mx);
-                for (std::size_t i = 0; i < added.size(); ++i) added[i] -= x.values[i];
-                const double tolerance = 2 * std::max(allowed(s.up, p, n), allowed(s.down, p, n));
-                CHECK(relative_error(added, y.values) <= std::max(tolerance, 2e-5));
-            }
         }
     }
 }

@@ -104,12 +104,17 @@ public:
     [[nodiscard]] int multiprocessors() const { return multiprocessors_; }
     [[nodiscard]] cudaStream_t stream() const { return stream_; }
 
-    /// Bytes that can be allocated now.
+    /// Bytes that can be allocated now: what no program holds, and what this one gave back, which its pool keeps.
     [[nodiscard]] index free_memory() const {
         const detail::device_guard here(ordinal_);
         std::size_t free = 0, total = 0;
         detail::check(cudaMemGetInfo(&free, &total), "GPU memory");
-        return static_cast<index>(free);
+        cudaMemPool_t pool = nullptr;
+        detail::check(cudaDeviceGetDefaultMemPool(&pool, ordinal_), "GPU memory");
+        unsigned long long reserved = 0, used = 0;
+        detail::check(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReservedMemCurrent, &reserved), "GPU memory");
+        detail::check(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrUsedMemCurrent, &used), "GPU memory");
+        return static_cast<index>(free + reserved - used);
     }
 
     /// What a user may want to know about how weights are kept, one sentence each.
