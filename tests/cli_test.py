@@ -76,7 +76,7 @@ class Cli(unittest.TestCase):
         self.assertEqual(about["architecture"], "kimi-linear")
         self.assertEqual(about["model"]["mla_layers"], [3])
         self.assertEqual(sum(t["parameters"] for t in about["types"]), about["parameters"])
-        self.assertEqual(about["memory"]["cache"], 4 * 256 * 40 * 2)
+        self.assertEqual(about["memory"]["cache"], 5 * 256 * 40 * 2)  # and one more
         self.assertIn("kimi-linear", keel("inspect").decode())
 
     def test_a_conversation(self):

@@ -11,15 +11,18 @@
 #include <keel/keel.hpp>
 
 #include "catch.hpp"
+#include "sessions.hpp"
 #include "throws.hpp"
 
 using keel::errc;
 using keel::token;
+using keel::testing::exact_engine;
+using keel::testing::some_tokens;
 using keel::testing::throws;
+using keel::testing::tiny;
 
 namespace {
 
-const std::string tiny = KEEL_TEST_DATA "/models/tiny-f32.gguf";
 const keel::sampler_options greedy{.temperature = 0};
 
 template <class Session>
@@ -196,5 +199,95 @@ TEST_CASE("the logits behind every token can be had on the way") {
     for (std::size_t i = 0; i < tokens.size(); ++i) {
         single.feed(std::span<const token>(&tokens[i], 1));
         CHECK(std::ranges::equal(single.logits(), rows[i]));
+    }
+}
+
+TEST_CASE("a limit of memory is kept, and the message says what would fit") {
+    const auto engine = exact_engine();
+    const keel::index state = engine.plan().state;
+    const keel::session_options options{.context = 1024, .checkpoint_bytes = 17 * state / 2};
+    const auto plan = engine.plan(options);
+    CHECK(plan.checkpoints == 8 * state);
+    CHECK(plan.total() == plan.weights + plan.tokenizer + plan.workspace + plan.session());
+    CHECK(plan.session() == state + plan.cache + plan.tokens + plan.checkpoints);
+    const auto open = [&](keel::index memory) {
+        return keel::engine::open(
+            tiny, {.precision = keel::precision::exact, .threads = 2, .batch_rows = 64, .memory = memory});
+    };
+    CHECK(keel::engine::plan(engine.file(), {.precision = keel::precision::exact, .threads = 2, .batch_rows = 64},
+                             options)
+              .total() == plan.total());
+    CHECK(open(plan.total()).start(options).context() == 1024);
+    const auto refused = [&](keel::index memory, const char* advice) {
+        throws(errc::capacity, advice, [&] { (void)open(memory).start(options); });
+    };
+    refused(plan.total() - 1, "a context of 768 tokens would fit");
+    refused(plan.total() - plan.cache - plan.tokens, "a context of 1024 tokens without checkpoints would fit");
+    refused(1000, "no context would fit");
+    CHECK(open(plan.total() - 1).start({.context = 768, .checkpoint_bytes = 8 * state}).context() == 768);
+}
+
+namespace {
+
+/// Counts the memory that buffers have.
+class counted_buffer : public keel::host_buffer {
+public:
+    static inline keel::index now = 0, most = 0;
+
+    counted_buffer() = default;
+    explicit counted_buffer(keel::index bytes) : host_buffer(bytes) { count(size()); }
+    counted_buffer(const counted_buffer& other) : host_buffer(other) { count(size()); }
+    counted_buffer(counted_buffer&&) noexcept = default;
+    counted_buffer& operator=(const counted_buffer& other) {
+        const keel::index before = size();
+        host_buffer::operator=(other);
+        count(size() - before);
+        return *this;
+    }
+    counted_buffer& operator=(counted_buffer&&) noexcept = default;
+    ~counted_buffer() { count(-size()); }
+
+private:
+    static void count(keel::index bytes) {
+        now += bytes;
+        most = std::max(most, now);
+    }
+};
+
+struct counting_reference : keel::reference {
+    using reference::reference;
+    using buffer = counted_buffer;
+    [[nodiscard]] buffer allocate(keel::index bytes) const { return buffer(bytes); }
+};
+
+}  // namespace
+
+TEST_CASE("a session takes the memory that was planned, and no more") {
+    const auto engine = keel::basic_engine<counting_reference>::open(tiny, {.batch_rows = 64});
+    for (const int replay : {0, 8}) {
+        const keel::index row = engine.shape().vocabulary * 4, state = engine.plan().state;
+        const keel::session_options options{
+            .context = 600, .checkpoint_bytes = 3 * state, .checkpoint_every = 50, .replay = replay};
+        const auto plan = engine.plan(options);
+        const keel::index before = counted_buffer::now;
+        counted_buffer::most = before;
+        auto session = engine.start(options);
+        session.feed(some_tokens(300));
+        for (int i = 0; i < 90; ++i) session.feed(some_tokens(1, i));
+        session.rewind(385);
+        session.rewind(210);
+        session.checkpoint();
+        session.feed(some_tokens(390, 3));
+        session.rewind(599);
+        session.restore();
+        session.rewind(0);
+        session.feed(some_tokens(10));
+        // Logits are in host memory, which is not counted here.
+        const keel::index states = 4 + (replay > 0 ? 2 : 0);
+        const keel::index planned = plan.session() - plan.tokens - states * row;
+        if (replay == 0) CHECK(counted_buffer::most - before == planned);
+        // With replays, a block is not copied at the time when there are most states.
+        CHECK(counted_buffer::most - before <= planned);
+        CHECK(counted_buffer::most - before >= planned - plan.cache_per_token * keel::memory_layout::block_rows);
     }
 }

@@ -1,60 +1,32 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstddef>
-#include <cstdint>
-#include <filesystem>
-#include <fstream>
-#include <memory>
 #include <optional>
 #include <random>
 #include <span>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
-
-#if !defined(_WIN32)
-#include <csignal>
-
-#include <sys/wait.h>
-#include <unistd.h>
-#endif
 
 #include <keel/backend/observed.hpp>
 #include <keel/backend/reference.hpp>
 #include <keel/keel.hpp>
 
 #include "catch.hpp"
+#include "io/support.hpp"
 #include "sessions.hpp"
 #include "throws.hpp"
 
 using keel::errc;
 using keel::token;
 using keel::testing::agrees_with_fresh;
+using keel::testing::exact_engine;
 using keel::testing::some_tokens;
 using keel::testing::throws;
-namespace fs = std::filesystem;
+using keel::testing::tiny;
 
 namespace {
-
-const std::string tiny = KEEL_TEST_DATA "/models/tiny-f32.gguf";
-
-keel::engine exact_engine(keel::index batch_rows = 64) {
-    return keel::engine::open(tiny, {.precision = keel::precision::exact, .threads = 2, .batch_rows = batch_rows});
-}
-
-fs::path temporary(const std::string& name) { return fs::temp_directory_path() / ("keel-session-test-" + name); }
-
-std::vector<char> read_file(const fs::path& path) {
-    std::ifstream file(path, std::ios::binary);
-    return {std::istreambuf_iterator<char>(file), {}};
-}
-
-void write_file(const fs::path& path, const std::vector<char>& bytes) {
-    std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-}
 
 /// Random operations on a handful of sessions, each of which must always agree with a fresh one. Answers how often
 /// something was not as it should be; Catch2 may not be asked on several threads.
@@ -66,7 +38,6 @@ public:
                    .checkpoint_bytes = static_cast<keel::index>(1 + seed % 4) * engine.plan().state,
                    .checkpoint_every = 50,
                    .replay = static_cast<keel::index>(seed % 3 * 6)},
-          file_(temporary("random-" + std::to_string(seed))),
           random_(seed),
           sample_({.seed = seed}),
           all_{{engine.start(options_), std::nullopt}} {}
@@ -81,7 +52,6 @@ public:
                 if (each.session.position() > 0) expect(agrees_with_fresh(engine_, each.session));
             }
         }
-        fs::remove(file_);
         return wrong_;
     }
 
@@ -174,8 +144,8 @@ private:
                 break;
             case 9:
                 if (below(4) > 0) break;
-                s.save(file_);
-                s = engine_.resume(file_, options_);
+                s.save(folder_ / "saved");
+                s = engine_.resume(folder_ / "saved", options_);
                 break;
             case 10:
                 step_together();
@@ -188,19 +158,12 @@ private:
 
     const keel::engine& engine_;
     keel::session_options options_;
-    fs::path file_;
+    keel_test::scratch_folder folder_;
     std::mt19937 random_;
     keel::sampler sample_;
     std::vector<live> all_;
     int wrong_ = 0;
 };
-
-/// A snapshot of twenty tokens.
-void save_some(const keel::engine& engine, const fs::path& file) {
-    auto session = engine.start();
-    session.feed(some_tokens(20));
-    session.save(file);
-}
 
 }  // namespace
 
@@ -340,150 +303,9 @@ TEST_CASE("a batch of sessions gives what each gives alone") {
     auto stranger = other.start();
     std::vector<keel::session*> mixed{&together[0], &stranger};
     throws(errc::argument, "another engine", [&] { engine.step(mixed); });
+    std::vector<keel::session*> twice{&together[0], &together[0]};
+    throws(errc::argument, "in use already", [&] { engine.step(twice); });
 }
-
-TEST_CASE("a saved session goes on where it was") {
-    const auto engine = exact_engine();
-    const auto file = temporary("saved");
-    for (const int length : {0, 1, 100, 300}) {
-        auto session = engine.start({.context = 1000});
-        session.feed(some_tokens(length));
-        if (length > 0) session.next([](std::span<const float>) { return token{7}; });  // not yet run
-        session.save(file);
-        auto resumed = engine.resume(file, {.context = 1000, .replay = 8});
-        CHECK(std::ranges::equal(resumed.tokens(), session.tokens()));
-        resumed.feed(some_tokens(30));
-        session.feed(some_tokens(30));
-        CHECK(std::ranges::equal(resumed.logits(), session.logits()));
-    }
-    throws(errc::capacity, "context", [&] { (void)engine.resume(file, {.context = 10}); });
-    throws(errc::file, "nowhere", [&] { (void)engine.resume("/nowhere/s.keel"); });
-    auto session = engine.start();
-    throws(errc::file, "nowhere", [&] { session.save("/nowhere/s.keel"); });
-    fs::remove(file);
-}
-
-TEST_CASE("a resumed session goes back as the saved one would") {
-    const auto engine = exact_engine();
-    const auto file = temporary("checkpoints");
-    auto session = engine.start({.context = 2048, .checkpoint_every = 100});
-    session.feed(some_tokens(300));
-    session.checkpoint();
-    session.feed(some_tokens(200, 5));
-    session.feed(some_tokens(100, 7));
-    session.save(file);
-    for (const int target : {500, 450, 300, 200}) {
-        auto resumed = engine.resume(file, {.context = 2048}), copy = session;
-        const auto how = resumed.rewind(target), as_saved = copy.rewind(target);
-        CHECK(how.reused == as_saved.reused);
-        CHECK(how.reused > 0);
-        CHECK(agrees_with_fresh(engine, resumed));
-    }
-    const keel::index state = engine.plan().state;
-    for (const keel::index bytes : {state, 3 * state}) {  // less than the saved one had
-        auto resumed = engine.resume(file, {.context = 2048, .checkpoint_bytes = bytes});
-        resumed.restore();
-        CHECK(resumed.position() == 300);
-        CHECK(resumed.ready());
-        CHECK(agrees_with_fresh(engine, resumed));
-    }
-    auto none = engine.resume(file, {.context = 2048, .checkpoint_bytes = 0});
-    throws(errc::argument, "no checkpoint", [&] { none.restore(); });
-    CHECK(none.rewind(500).reused == 0);
-    fs::remove(file);
-}
-
-TEST_CASE("a snapshot of another version is refused, and both versions are named") {
-    const auto engine = exact_engine();
-    const auto file = temporary("version");
-    save_some(engine, file);
-    auto bytes = read_file(file);
-    bytes[8] = 1;
-    write_file(file, bytes);
-    throws(errc::unsupported, "version 1, only 2", [&] { (void)engine.resume(file); });
-    fs::remove(file);
-}
-
-TEST_CASE("a snapshot of another model or precision is refused") {
-    const auto engine = exact_engine();
-    const auto file = temporary("foreign");
-    save_some(engine, file);
-    const auto fast = keel::engine::open(tiny);
-    throws(errc::argument, "precision", [&] { (void)fast.resume(file); });
-    const auto other =
-        keel::engine::open(KEEL_TEST_DATA "/models/tiny-legacy.gguf", {.precision = keel::precision::exact});
-    throws(errc::argument, "another model", [&] { (void)other.resume(file); });
-    fs::remove(file);
-}
-
-TEST_CASE("a damaged snapshot is refused, whatever the damage") {
-    const auto engine = exact_engine();
-    const auto file = temporary("damaged");
-    save_some(engine, file);
-    const auto good = read_file(file);
-    const auto refused = [&](const std::vector<char>& bytes) {
-        write_file(file, bytes);
-        try {
-            (void)engine.resume(file);
-        } catch (const keel::error& e) {
-            CHECK(std::string(e.what()).find(file.string()) != std::string::npos);
-            return true;
-        }
-        return false;
-    };
-    std::mt19937_64 random(1);
-    int missed = 0;
-    for (int i = 0; i < 4000; ++i) {
-        auto bytes = good;
-        const std::size_t bit = i < 192 * 8 ? static_cast<std::size_t>(i) : random() % (8 * good.size());
-        bytes[bit / 8] = static_cast<char>(bytes[bit / 8] ^ (1 << (bit % 8)));
-        missed += !refused(bytes);
-    }
-    for (int i = 0; i < 500; ++i) {
-        auto bytes = good;
-        bytes.resize(i < 250 ? static_cast<std::size_t>(i) : random() % good.size());
-        missed += !refused(bytes);
-    }
-    auto longer = good;
-    longer.push_back(0);
-    missed += !refused(longer);
-    CHECK(missed == 0);
-    CHECK(!refused(good));
-    fs::remove(file);
-}
-
-#if !defined(_WIN32)
-TEST_CASE("a save that is killed never loses the file before it") {
-    const fs::path folder = temporary("killed");
-    fs::create_directory(folder);
-    const auto file = folder / "session";
-    const auto open = [] {  // one thread: a process that has others cannot well be forked
-        return keel::engine::open(tiny, {.precision = keel::precision::exact, .threads = 1});
-    };
-    const auto save = [&](int tokens) {
-        auto session = open().start();
-        session.feed(some_tokens(tokens));
-        session.save(file);
-        return session;
-    };
-    save(20);
-    bool replaced = false;
-    for (int i = 0; i < 30 || (!replaced && i < 300); ++i) {  // until one had the time for a save
-        const auto child = ::fork();
-        if (child == 0) {
-            for (auto session = save(300);;) session.save(file);
-        }
-        std::this_thread::sleep_for(std::chrono::milliseconds(10 + 5 * i));
-        ::kill(child, SIGKILL);
-        ::waitpid(child, nullptr, 0);
-        const auto tokens = open().resume(file).position();
-        CHECK((tokens == 20 || tokens == 300));
-        replaced = replaced || tokens == 300;
-    }
-    CHECK(replaced);
-    fs::remove_all(folder);
-}
-#endif
 
 TEST_CASE("two threads in one session are noticed") {
     const auto engine = exact_engine(1);
@@ -503,86 +325,6 @@ TEST_CASE("two threads in one session are noticed") {
     CHECK(session.position() == 3);
 }
 
-TEST_CASE("a limit of memory is kept, and the message says what would fit") {
-    const auto engine = exact_engine();
-    const keel::index state = engine.plan().state;
-    const keel::session_options options{.context = 1024, .checkpoint_bytes = 17 * state / 2};
-    const auto plan = engine.plan(options);
-    CHECK(plan.checkpoints == 8 * state);
-    CHECK(plan.total() == plan.weights + plan.tokenizer + plan.workspace + plan.session());
-    CHECK(plan.session() == state + plan.cache + plan.tokens + plan.checkpoints);
-    const auto open = [&](keel::index memory) {
-        return keel::engine::open(
-            tiny, {.precision = keel::precision::exact, .threads = 2, .batch_rows = 64, .memory = memory});
-    };
-    CHECK(open(plan.total()).start(options).context() == 1024);
-    const auto refused = [&](keel::index memory, const char* advice) {
-        throws(errc::capacity, advice, [&] { (void)open(memory).start(options); });
-    };
-    refused(plan.total() - 1, "a context of 768 tokens would fit");
-    refused(plan.total() - plan.cache - plan.tokens, "a context of 1024 tokens without checkpoints would fit");
-    refused(1000, "no context would fit");
-    CHECK(open(plan.total() - 1).start({.context = 768, .checkpoint_bytes = 8 * state}).context() == 768);
-}
-
-namespace {
-
-/// Counts the memory that buffers have.
-class counted_buffer : public keel::host_buffer {
-public:
-    static inline keel::index now = 0, most = 0;
-
-    counted_buffer() = default;
-    explicit counted_buffer(keel::index bytes) : host_buffer(bytes) { count(size()); }
-    counted_buffer(const counted_buffer& other) : host_buffer(other) { count(size()); }
-    counted_buffer(counted_buffer&&) noexcept = default;
-    counted_buffer& operator=(const counted_buffer& other) {
-        const keel::index before = size();
-        host_buffer::operator=(other);
-        count(size() - before);
-        return *this;
-    }
-    counted_buffer& operator=(counted_buffer&&) noexcept = default;
-    ~counted_buffer() { count(-size()); }
-
-private:
-    static void count(keel::index bytes) {
-        now += bytes;
-        most = std::max(most, now);
-    }
-};
-
-struct counting_reference : keel::reference {
-    using reference::reference;
-    using buffer = counted_buffer;
-    [[nodiscard]] buffer allocate(keel::index bytes) const { return buffer(bytes); }
-};
-
-}  // namespace
-
-TEST_CASE("a session takes the memory that was planned, and no more") {
-    const auto engine = keel::basic_engine<counting_reference>::open(tiny, {.batch_rows = 64});
-    for (const int replay : {0, 8}) {
-        const keel::index row = engine.shape().vocabulary * 4, state = engine.plan().state;
-        const keel::session_options options{
-            .context = 600, .checkpoint_bytes = 3 * state, .checkpoint_every = 50, .replay = replay};
-        const auto plan = engine.plan(options);
-        const keel::index before = counted_buffer::now;
-        counted_buffer::most = before;
-        auto session = engine.start(options);
-        session.feed(some_tokens(300));
-        for (int i = 0; i < 90; ++i) session.feed(some_tokens(1, i));
-        session.rewind(385);
-        session.rewind(210);
-        session.checkpoint();
-        session.feed(some_tokens(390, 3));
-        session.restore();
-        // Logits are in host memory, which is not counted here.
-        const keel::index states = 4 + (replay > 0 ? 2 : 0);
-        CHECK(counted_buffer::most - before == plan.session() - plan.tokens - states * row);
-    }
-}
-
 TEST_CASE("options of a session that make no sense are named") {
     const auto engine = exact_engine();
     throws(errc::argument, "checkpoint_bytes", [&] { (void)engine.start({.checkpoint_bytes = -1}); });
@@ -596,7 +338,7 @@ TEST_CASE("the finite check names layer and operation") {
     sound.feed(some_tokens(5));
 
     // A copy of the model whose second layer has a NaN among its norm's weights.
-    auto bytes = read_file(tiny);
+    auto bytes = keel_test::read_file(tiny);
     {
         const auto file = keel::gguf::open(tiny);
         const auto& norm = file.require("blk.1.ffn_norm.weight");
@@ -605,9 +347,9 @@ TEST_CASE("the finite check names layer and operation") {
         REQUIRE(at != bytes.end());
         std::fill(at, at + 4, '\xFF');
     }
-    const auto broken = temporary("nan.gguf");
-    write_file(broken, bytes);
+    const keel_test::scratch_folder folder;
+    const auto broken = folder / "nan.gguf";
+    keel_test::write_file(broken, bytes);
     auto session = engine::open(broken).start();
     throws(errc::numeric, "layer 1, rms_norm: NaN in element 0", [&] { session.feed(some_tokens(5)); });
-    fs::remove(broken);
 }

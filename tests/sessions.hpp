@@ -4,11 +4,23 @@
 #pragma once
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include <keel/core/token.hpp>
+#include <keel/core/view.hpp>
+#include <keel/engine.hpp>
+#include <keel/fwd.hpp>
 
 namespace keel::testing {
+
+inline const std::string tiny = KEEL_TEST_DATA "/models/tiny-f32.gguf";
+
+/// The smallest model, exact.
+template <class Engine = engine>
+Engine exact_engine(index batch_rows = 64) {
+    return Engine::open(tiny, {.precision = precision::exact, .threads = 2, .batch_rows = batch_rows});
+}
 
 /// Tokens of the smallest models' vocabulary, others for another start.
 inline std::vector<token> some_tokens(int n, int start = 0) {

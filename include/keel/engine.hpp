@@ -35,12 +35,11 @@ namespace keel::inline KEEL_ABI {
 
 struct engine_options {
     keel::precision precision = precision::fast;
-    int threads = 0;  ///< CPU threads; 0: one per physical core
-    int device = 0;   ///< which GPU
-    index batch_rows =
-        512;             ///< most tokens that go through the model at once; more is faster in prefill and takes memory
-    index memory = 0;    ///< bytes that weights, workspace and one session may take together; 0: no limit
-    progress tell = {};  ///< stage "load", counted in tensors
+    int threads = 0;         ///< CPU threads; 0: one per physical core
+    int device = 0;          ///< which GPU
+    index batch_rows = 512;  ///< most tokens that go through the model at once; more is faster and takes memory
+    index memory = 0;        ///< bytes that weights, workspace and one session may take together; 0: no limit
+    progress tell = {};      ///< stage "load", counted in tensors
 };
 
 /// The tokenizer that a file's metadata describes. Throws errc::format or errc::unsupported, naming the file.
@@ -117,7 +116,7 @@ public:
     explicit basic_engine(gguf file, const engine_options& options = {})
         : file_(std::move(file)), memory_(options.memory) {
         if (options.batch_rows < 1) throw error(errc::argument, "batch_rows", "must be at least 1");
-        const backend_options chosen{options.precision, options.threads, options.device};
+        const backend_options chosen = backend_part(options);
         config shape = read_config(file_);
         tokenizer text = read_tokenizer(file_);
         auto device = std::make_shared<typename B::device>(chosen);
@@ -148,20 +147,21 @@ public:
     /// Runs tokens of many sessions through the model together, at most `budget` (or batch_rows, if that is less) in
     /// all: first those of the sessions with the fewest, so that drawing does not wait for a long prompt. Answers how
     /// many ran. The results are those of each session alone: to the bit in precision::exact. A session that is ready()
-    /// takes no part.
+    /// takes no part. Throws errc::argument, before anything happens, for a session of another engine, in use by
+    /// another thread, or named twice.
     index step(std::span<basic_session<B>* const> sessions, index budget = std::numeric_limits<index>::max()) const {
+        std::deque<detail::one_at_a_time::hold> alone;
         std::vector<basic_session<B>*> waiting;
         for (basic_session<B>* s : sessions) {
             if (s->model_ != model_) throw error(errc::argument, "session", "belongs to another engine");
+            alone.emplace_back(s->in_use_);
             if (s->waiting() > 0) waiting.push_back(s);
         }
         std::ranges::stable_sort(waiting, {}, [](const auto* s) { return s->waiting(); });
-        std::deque<detail::one_at_a_time::hold> alone;
         std::vector<job<B>> jobs;
         index left = std::min(budget, model_->run.batch_rows()), context = 0;
         for (basic_session<B>* s : waiting) {
             if (left <= 0) break;
-            alone.emplace_back(s->in_use_);
             jobs.push_back(s->next_job(left));
             left -= static_cast<index>(jobs.back().tokens.size());
             context = std::max(context, s->context_);
@@ -184,13 +184,13 @@ public:
 
     /// What such a session and the model take, exactly.
     [[nodiscard]] memory_plan plan(const session_options& options = {}) const {
-        return make_plan<B>(shape(), {.backend = model_->run.options(),
-                                      .weight_bytes = weight_bytes_of<B>(file_),
-                                      .tokenizer_bytes = vocabulary().memory_bytes(),
-                                      .batch_rows = model_->run.batch_rows(),
-                                      .context = context_of(shape(), options),
-                                      .checkpoint_bytes = options.checkpoint_bytes,
-                                      .replay = options.replay});
+        return plan(file_, shape(), vocabulary(), model_->run.options(), model_->run.batch_rows(), options);
+    }
+
+    /// The same before anything is loaded. Throws as the constructor and start() do, but not for the limit of memory.
+    [[nodiscard]] static memory_plan plan(const gguf& file, const engine_options& options,
+                                          const session_options& started = {}) {
+        return plan(file, read_config(file), read_tokenizer(file), backend_part(options), options.batch_rows, started);
     }
 
     /// Bytes that a token at this position has to read or write, at least: the weights that it uses, the state twice,
@@ -204,6 +204,21 @@ public:
     [[nodiscard]] const gguf& file() const { return file_; }
 
 private:
+    static backend_options backend_part(const engine_options& options) {
+        return {options.precision, options.threads, options.device};
+    }
+
+    static memory_plan plan(const gguf& file, const config& shape, const tokenizer& text, const backend_options& chosen,
+                            index batch_rows, const session_options& options) {
+        return make_plan<B>(shape, {.backend = chosen,
+                                    .weight_bytes = weight_bytes_of<B>(file),
+                                    .tokenizer_bytes = text.memory_bytes(),
+                                    .batch_rows = batch_rows,
+                                    .context = context_of(shape, options),
+                                    .checkpoint_bytes = options.checkpoint_bytes,
+                                    .replay = options.replay});
+    }
+
     void require_memory(const session_options& options) const {
         if (memory_ == 0) return;
         const memory_plan needed = plan(options);
@@ -211,7 +226,8 @@ private:
         const auto text = [](index bytes) { return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB"; };
         // What a token takes: a little more than its row of the cache, never nothing.
         const index block = memory_layout::block_rows * (needed.cache_per_token + static_cast<index>(sizeof(token)));
-        const index left = memory_ - (needed.total() - needed.cache - needed.tokens);
+        const index spare = memory_layout::block_rows * needed.cache_per_token;  // to copy a block
+        const index left = memory_ - (needed.total() - needed.cache - needed.tokens) - spare;
         const auto context_in = [&](index bytes) {
             const index tokens = bytes / block * memory_layout::block_rows;
             return "a context of " + std::to_string(std::min(tokens, context_of(shape(), options))) + " tokens";

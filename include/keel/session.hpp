@@ -80,7 +80,7 @@ public:
     public:
         explicit hold(one_at_a_time& of) : of_(of) {
             if (of.taken_.test_and_set(std::memory_order_acquire)) {
-                throw error(errc::argument, "session", "is used by two threads at the same time");
+                throw error(errc::argument, "session", "is in use already: by another thread, or twice in one step");
             }
         }
         ~hold() { of_.taken_.clear(std::memory_order_release); }
@@ -225,7 +225,6 @@ private:
         : basic_session(std::move(model), context, options) {
         const auto saved = load_sequence(from, model_->fingerprint, model_->run, sequence_);
         check(saved);
-        require_room(static_cast<index>(saved.size()));
         tokens_.insert(tokens_.end(), saved.begin(), saved.end());
     }
 

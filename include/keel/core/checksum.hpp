@@ -2,10 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <span>
 
 #include <keel/core/compiler.hpp>
@@ -19,17 +21,11 @@ class checksum {
 public:
     void add(std::span<const std::byte> bytes) {
         length_ += bytes.size();
-        while (!bytes.empty()) {
-            const std::size_t n = std::min(bytes.size(), block - filled_);
-            if (filled_ == 0 && n == block) {  // straight from the source
-                mix(bytes.data());
-            } else {
-                std::memcpy(held_ + filled_, bytes.data(), n);
-                filled_ = (filled_ + n) % block;
-                if (filled_ == 0) mix(held_);
-            }
-            bytes = bytes.subspan(n);
-        }
+        if (filled_ > 0) hold(bytes);
+        const std::size_t whole = bytes.size() / block * block;
+        mix(bytes.first(whole));  // straight from the source
+        bytes = bytes.subspan(whole);
+        hold(bytes);
     }
 
     [[nodiscard]] std::uint64_t value() const {
@@ -42,7 +38,8 @@ public:
     }
 
 private:
-    static constexpr std::size_t lanes = 8;
+    // As many as hide how long a multiplication takes.
+    static constexpr std::size_t lanes = 32;
     static constexpr std::size_t block = lanes * sizeof(std::uint64_t);
 
     static constexpr std::uint64_t scramble(std::uint64_t x) {
@@ -50,15 +47,33 @@ private:
         return x ^ x >> 29;
     }
 
-    void mix(const std::byte* from) {
-        for (std::size_t i = 0; i < lanes; ++i) {
-            std::uint64_t word;
-            std::memcpy(&word, from + i * sizeof word, sizeof word);
-            lanes_[i] = scramble(std::rotl(lanes_[i], 5) ^ word);
-        }
+    /// Takes bytes from the front until a block is full, which is mixed then.
+    void hold(std::span<const std::byte>& bytes) {
+        const std::size_t n = std::min(bytes.size(), block - filled_);
+        std::copy_n(bytes.begin(), n, held_ + filled_);
+        bytes = bytes.subspan(n);
+        filled_ = (filled_ + n) % block;
+        if (filled_ == 0 && n > 0) mix(held_);
     }
 
-    std::uint64_t lanes_[lanes] = {1, 2, 3, 4, 5, 6, 7, 8};
+    /// Whole blocks. The lanes stay in registers meanwhile.
+    void mix(std::span<const std::byte> blocks) {
+        std::array<std::uint64_t, lanes> now = lanes_;
+        for (; !blocks.empty(); blocks = blocks.subspan(block)) {
+            for (std::size_t i = 0; i < lanes; ++i) {
+                std::uint64_t word;
+                std::memcpy(&word, blocks.data() + i * sizeof word, sizeof word);
+                now[i] = scramble(std::rotl(now[i], 5) ^ word);
+            }
+        }
+        lanes_ = now;
+    }
+
+    std::array<std::uint64_t, lanes> lanes_ = [] {
+        std::array<std::uint64_t, lanes> first{};
+        std::iota(first.begin(), first.end(), std::uint64_t{1});
+        return first;
+    }();
     std::byte held_[block] = {};
     std::size_t filled_ = 0;
     std::uint64_t length_ = 0;

@@ -32,7 +32,7 @@ namespace keel::inline KEEL_ABI {
 
 struct snapshot_header {
     static constexpr std::uint64_t expected_magic = 0x50414E534C45454Bu;  // "KEELSNAP"
-    static constexpr std::uint64_t expected_version = 2;
+    static constexpr std::uint64_t expected_version = 3;
 
     std::uint64_t magic = expected_magic;
     std::uint64_t version = expected_version;

@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
-#include <numeric>
 #include <span>
 #include <utility>
 #include <variant>
@@ -80,39 +79,10 @@ public:
         B& b = *borrow;
         const arena::scope scope(b.workspace());
 
-        // Batches have their shortest segments first.
-        std::vector<std::size_t> order(jobs.size());
-        std::iota(order.begin(), order.end(), std::size_t{0});
-        std::ranges::stable_sort(order, {}, [&](std::size_t j) { return jobs[j].tokens.size(); });
-
-        struct origin {
-            std::size_t job;
-            index row;
-        };
-        std::vector<token> tokens;
-        std::vector<segment> segments;
-        std::vector<index> wanted;
-        std::vector<origin> origins;           // of the wanted rows
-        std::vector<kept_logits<B>*> kept_by;  // and who keeps them
-        for (const std::size_t j : order) {
-            const index first = static_cast<index>(tokens.size());
-            const index rows = static_cast<index>(jobs[j].tokens.size());
-            segments.push_back(jobs[j].state->extend(b, first, rows));
-            if (const auto* keep = jobs[j].keep) {
-                segments.back().kept = keep->rows();
-                segments.back().kept_capacity = keep->capacity();
-            }
-            tokens.insert(tokens.end(), jobs[j].tokens.begin(), jobs[j].tokens.end());
-            const index from = jobs[j].logits == want::all ? 0 : jobs[j].logits == want::last ? rows - 1 : rows;
-            for (index r = from; r < rows; ++r) {
-                wanted.push_back(first + r);
-                origins.push_back({j, r});
-                kept_by.push_back(r == rows - 1 ? jobs[j].last : nullptr);
-            }
-        }
+        const joined all = join(b, jobs);
         const memory_layout layout = this->layout();
-        const batch rows{tokens, segments, wanted, &layout};
-        const index n = static_cast<index>(wanted.size());
+        const batch rows{all.tokens, all.segments, all.wanted, &layout};
+        const index n = static_cast<index>(all.wanted.size());
 
         struct result {
             view<float, 2> hidden;  // (n, hidden)
@@ -138,9 +108,9 @@ public:
             const projected out = done.out.first(count);
             if (r > 0) project_logits(b, weights_, done.hidden.rows(r, count), out);
             const auto first = static_cast<std::size_t>(r);
-            kept_logits<B>::keep(b, out, std::span(kept_by).subspan(first, static_cast<std::size_t>(count)));
+            kept_logits<B>::keep(b, out, std::span(all.kept_by).subspan(first, static_cast<std::size_t>(count)));
             for (index i = 0; i < count; ++i) {
-                const origin& from = origins[first + static_cast<std::size_t>(i)];
+                const origin& from = all.origins[first + static_cast<std::size_t>(i)];
                 deliver(b, from.job, from.row, view<const float, 1>(out.logits[i]));
             }
         }
@@ -190,6 +160,44 @@ public:
     }
 
 private:
+    struct origin {
+        std::size_t job;
+        index row;
+    };
+
+    /// Jobs as one batch, which has its shortest segments first.
+    struct joined {
+        std::vector<token> tokens;
+        std::vector<segment> segments;
+        std::vector<index> wanted;             // rows that end in logits,
+        std::vector<origin> origins;           // what they are rows of,
+        std::vector<kept_logits<B>*> kept_by;  // and who keeps the logits, or null
+    };
+
+    static joined join(const B& b, std::span<const job<B>> jobs) {
+        std::vector<const job<B>*> order;
+        for (const job<B>& j : jobs) order.push_back(&j);
+        std::ranges::stable_sort(order, {}, [](const job<B>* j) { return j->tokens.size(); });
+        joined all;
+        for (const job<B>* j : order) {
+            const index first = static_cast<index>(all.tokens.size());
+            const index rows = static_cast<index>(j->tokens.size());
+            all.segments.push_back(j->state->extend(b, first, rows));
+            if (j->keep != nullptr) {
+                all.segments.back().kept = j->keep->rows();
+                all.segments.back().kept_capacity = j->keep->capacity();
+            }
+            all.tokens.insert(all.tokens.end(), j->tokens.begin(), j->tokens.end());
+            const index from = j->logits == want::all ? 0 : j->logits == want::last ? rows - 1 : rows;
+            for (index r = from; r < rows; ++r) {
+                all.wanted.push_back(first + r);
+                all.origins.push_back({static_cast<std::size_t>(j - jobs.data()), r});
+                all.kept_by.push_back(r == rows - 1 ? j->last : nullptr);
+            }
+        }
+        return all;
+    }
+
     /// A backend instance and the context that its workspace is made for.
     struct lane {
         index context;

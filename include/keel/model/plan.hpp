@@ -36,7 +36,7 @@ struct memory_plan {
     // Of a session.
     index state = 0;            ///< whatever its length: the recurrent state, and the logits behind it
     index cache_per_token = 0;  ///< of the latent cache
-    index cache = 0;            ///< the same for a full context, in whole blocks
+    index cache = 0;            ///< the same for a full context, in whole blocks, and the copy of one for going back
     index tokens = 0;           ///< the list of them, for a full context
     index checkpoints = 0;      ///< as many states again as its options allow
     index replay = 0;           ///< the state that a replay begins with, the next such, and the rows between
@@ -175,7 +175,7 @@ memory_plan make_plan(const config& c, const plan_options& o) {
             .workspace = workspace_bytes<B>(c, o.backend, o.batch_rows, o.context),
             .state = state,
             .cache_per_token = layout.mla_layers * layout.latent_row_bytes(),
-            .cache = static_cast<index>(layout.blocks(o.context)) * layout.block_bytes(),
+            .cache = (static_cast<index>(layout.blocks(o.context)) + 1) * layout.block_bytes(),
             .tokens = o.context * static_cast<index>(sizeof(token)),
             .checkpoints = std::min(o.checkpoint_bytes / state, o.context) * state,
             .replay = o.replay == 0 ? 0 : 2 * state + replay_window_bytes(layout, o.replay)};

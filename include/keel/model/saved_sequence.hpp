@@ -13,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -44,6 +45,43 @@ std::vector<T> values_of(std::span<const std::byte> bytes) {
     std::vector<T> values(bytes.size() / sizeof(T));
     if (!values.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
     return values;
+}
+
+/// Throws unless the numbers in a snapshot fit together and belong to such a model; `states` are those of the file.
+template <backend B>
+void require_sound(const snapshot& file, std::span<const snapshot_state> states, std::uint64_t model,
+                   const executor<B>& run, index context) {
+    const snapshot_header& header = file.header();
+    const memory_layout layout = run.layout();
+    if (header.model != model) file.fail(errc::argument, "belongs to another model");
+    if (header.layout != numbers_of(layout)) file.fail(errc::argument, "was made with another precision");
+    if (header.tokens > static_cast<std::uint64_t>(context)) {
+        file.fail(errc::capacity, "holds " + std::to_string(header.tokens) + " tokens, more than the context of " +
+                                      std::to_string(context));
+    }
+    const auto require = [&](bool good) {
+        if (!good) file.fail(errc::format, "contradicts itself");
+    };
+    require(header.recurrent_bytes == static_cast<std::uint64_t>(layout.recurrent_bytes()));
+    require(header.block_bytes == static_cast<std::uint64_t>(layout.block_bytes()));
+    require(!states.empty() && states.back().tokens <= header.tokens);
+    require(header.blocks == layout.blocks(static_cast<index>(states.back().tokens)));
+
+    // Checkpoints, each longer than the one before, and at last the state, which may be as long as the last of them.
+    const auto checkpoints = states.first(states.size() - 1);
+    std::uint64_t rows = 0, length = 0;
+    for (const snapshot_state& s : checkpoints) {
+        require(s.tokens > length);
+        length = s.tokens;
+    }
+    require(states.back().tokens >= length);
+    for (const snapshot_state& s : states) {
+        require(s.has_logits <= 1);
+        rows += s.has_logits;
+    }
+    require(header.logits == rows * static_cast<std::uint64_t>(run.shape().vocabulary));
+    require(header.marked <= 1 ||
+            std::ranges::any_of(checkpoints, [&](const snapshot_state& s) { return s.tokens + 1 == header.marked; }));
 }
 
 }  // namespace detail
@@ -102,34 +140,16 @@ void save_sequence(const std::filesystem::path& path, std::uint64_t model, const
 }
 
 /// Fills an empty sequence, with as many of the checkpoints as it may keep, and answers the tokens. Throws
-/// errc::argument if the file belongs to another model or precision, errc::format if it contradicts itself.
+/// errc::argument if the file belongs to another model or precision, errc::capacity if it holds more tokens than the
+/// sequence may, errc::format if it contradicts itself.
 template <backend B>
 std::vector<token> load_sequence(const snapshot& file, std::uint64_t model, const executor<B>& run, sequence<B>& to) {
     const snapshot_header& header = file.header();
-    const memory_layout layout = run.layout();
-    if (header.model != model) file.fail(errc::argument, "belongs to another model");
-    if (header.layout != detail::numbers_of(layout)) file.fail(errc::argument, "was made with another precision");
-
     const auto states = detail::values_of<snapshot_state>(file.states);
-    const auto vocabulary = static_cast<std::uint64_t>(run.shape().vocabulary);
-    const auto is_marked = [&](const snapshot_state& s) { return s.tokens + 1 == header.marked; };
-    bool sound = !states.empty() && states.back().tokens <= header.tokens &&
-                 (header.marked <= 1 || std::any_of(states.begin(), states.end() - 1, is_marked)) &&
-                 header.recurrent_bytes == static_cast<std::uint64_t>(layout.recurrent_bytes()) &&
-                 header.block_bytes == static_cast<std::uint64_t>(layout.block_bytes());
-    std::uint64_t rows = 0;
-    for (std::size_t i = 0; sound && i < states.size(); ++i) {
-        const bool last = i + 1 == states.size();
-        sound =
-            states[i].has_logits <= 1 && (last || states[i].tokens > 0) &&
-            (i == 0 || states[i].tokens > states[i - 1].tokens || (last && states[i].tokens == states[i - 1].tokens));
-        rows += states[i].has_logits;
-    }
-    if (!sound || header.logits != rows * vocabulary ||
-        header.blocks != layout.blocks(static_cast<index>(states.back().tokens))) {
-        file.fail(errc::format, "contradicts itself");
-    }
+    detail::require_sound(file, states, model, run, to.context());
 
+    const memory_layout layout = run.layout();
+    const auto vocabulary = static_cast<std::size_t>(run.shape().vocabulary);
     auto logits = file.logits;
     run.with_backend([&](B& b) {
         if (header.marked == 1 || (header.marked > 1 && to.history().most() > 0)) {
@@ -137,7 +157,7 @@ std::vector<token> load_sequence(const snapshot& file, std::uint64_t model, cons
         }
         for (std::size_t i = 0; i < states.size(); ++i) {
             const auto length = static_cast<index>(states[i].tokens);
-            const auto row = logits.first(static_cast<std::size_t>(states[i].has_logits * vocabulary) * sizeof(float));
+            const auto row = logits.first(states[i].has_logits * vocabulary * sizeof(float));
             logits = logits.subspan(row.size());
             const auto known = [&] {
                 return row.empty() ? nullptr : std::make_shared<const kept_logits<B>>(detail::values_of<float>(row));

@@ -55,6 +55,9 @@ public:
         run.prepare(context_);
     }
 
+    /// The most tokens that it is made for.
+    [[nodiscard]] index context() const { return context_; }
+
     /// Tokens that the state holds.
     [[nodiscard]] index length() const { return state_.length(); }
 
@@ -127,7 +130,7 @@ public:
             state_.resume(*copy->recurrent, copy->length, copy->length);
             set_logits(copy->logits);
         } else {
-            state_ = run_->make_state();
+            run_->with_backend([&](B& b) { state_.clear(b); });
             set_logits(nullptr);
         }
         history_.forget_behind(length());

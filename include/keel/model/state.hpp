@@ -68,6 +68,14 @@ public:
         keep_blocks(cached);
     }
 
+    /// Forgets everything, and needs no memory beside its own for that.
+    void clear(const B& b) {
+        recurrent_ = {};  // before there is another
+        recurrent_ = b.allocate(layout_.recurrent_bytes());
+        length_ = 0;
+        keep_blocks(0);
+    }
+
     /// The next `rows` rows of a replay, which leaves the latent cache alone.
     [[nodiscard]] segment replay(index rows) const {
         return {.first_row = 0, .rows = rows, .position = length_, .recurrent = recurrent_.data()};
