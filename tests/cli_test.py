@@ -90,7 +90,7 @@ class Cli(unittest.TestCase):
             said = done.stderr.decode()
             self.assertEqual(done.returncode, 0, said)
             for part in ("0 of 600 tokens", "there is no turn yet", "branch 2", "number from 1 to 2", "/nowhere", "/retry answers again",
-                         "/save needs a file name", "/load needs a file name", "/edit needs the new text", "do not fit"):
+                         "/save needs a file name", "/load needs a file name", "/edit needs the new text", "the message takes"):
                 self.assertIn(part, said)
             counts = re.findall(r"(\d+) of 600 tokens", said)
             self.assertEqual(counts[0], counts[2])  # undone
