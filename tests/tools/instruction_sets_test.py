@@ -104,7 +104,7 @@ class InstructionSets(unittest.TestCase):
     def test_only_the_entries_are_global(self):
         if len(carried()) == 1:
             self.skipTest("this executable has one copy")
-        for executable, entry in (("keel_tool", "load_cpu"), ("keel_bench", "make_cpu")):
+        for executable, entry in (("keel_tool", "cpu_code"), ("keel_bench", "make_cpu")):
             for isa, path in objects(executable).items():
                 with self.subTest(path):
                     names = subprocess.run(["nm", "--defined-only", "--extern-only", "-P", path], capture_output=True,

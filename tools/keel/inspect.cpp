@@ -4,12 +4,12 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
-#include <keel/backend/cpu.hpp>
 #include <keel/engine.hpp>
 #include <keel/model/plan.hpp>
 
 #include "commands.hpp"
 #include "console.hpp"
+#include "model.hpp"
 
 namespace tool {
 
@@ -19,7 +19,8 @@ struct by_type {
     std::int64_t tensors = 0, elements = 0, bytes = 0;
 };
 
-nlohmann::ordered_json describe(const keel::gguf& file, std::int64_t context) {
+nlohmann::ordered_json describe(const inspect_options& options) {
+    const keel::gguf file = open_file(options.model);
     nlohmann::ordered_json about;
     about["file"] = file.path().string();
     about["version"] = file.version();
@@ -81,25 +82,18 @@ nlohmann::ordered_json describe(const keel::gguf& file, std::int64_t context) {
                           {"end_of_generation", text.end_of_generation()},
                           {"chat_template_bytes", text.chat_template().size()}};
 
-    const keel::index length = keel::context_of(c, {.context = context});
-    const keel::memory_layout layout = c.memory(keel::precision::fast);
-    const auto plan = keel::make_plan<keel::cpu>(c, {.backend = {},
-                                                     .weight_bytes = keel::weight_bytes(file),
-                                                     .tokenizer_bytes = text.memory_bytes(),
-                                                     .batch_rows = keel::engine_options{}.batch_rows,
-                                                     .context = length,
-                                                     .checkpoint_bytes = keel::session_options{}.checkpoint_bytes});
-    about["memory"] = {{"context", length},
-                       {"weights", plan.weights},
-                       {"tokenizer", plan.tokenizer},
-                       {"workspace", plan.workspace},
-                       {"state", plan.state},
-                       {"cache_per_token", plan.cache_per_token},
-                       {"cache", plan.cache},
-                       {"tokens", plan.tokens},
-                       {"checkpoints", plan.checkpoints},
-                       {"total", plan.total()},
-                       {"bytes_per_decoded_token", keel::bytes_per_token(file, c, layout, 0)}};
+    const memory needed = plan({.path = options.model}, options.context);
+    about["memory"] = {{"context", needed.context},
+                       {"weights", needed.weights},
+                       {"tokenizer", needed.tokenizer},
+                       {"workspace", needed.workspace},
+                       {"state", needed.state},
+                       {"cache_per_token", needed.cache_per_token},
+                       {"cache", needed.cache},
+                       {"tokens", needed.tokens},
+                       {"checkpoints", needed.checkpoints},
+                       {"total", needed.total},
+                       {"bytes_per_decoded_token", keel::bytes_per_token(file, c, c.memory(keel::precision::fast), 0)}};
     return about;
 }
 
@@ -145,7 +139,7 @@ void print(const nlohmann::ordered_json& about) {
 }  // namespace
 
 void inspect(const inspect_options& options) {
-    const auto about = describe(open_file(options.model), options.context);
+    const auto about = describe(options);
     if (options.json) {
         std::cout << about.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << '\n';
     } else {

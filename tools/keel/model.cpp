@@ -15,42 +15,46 @@ extern "C" const std::byte keel_demo_model_end[];
 
 namespace tool {
 
-#define X(isa)                                                     \
-    namespace isa {                                                \
-    std::unique_ptr<model> load_cpu(const model_options& options); \
+#define X(isa)               \
+    namespace isa {          \
+    backend_code cpu_code(); \
     }
 KEEL_INSTRUCTION_SETS
 #undef X
-std::unique_ptr<model> load_reference(const model_options& options);
-std::unique_ptr<model> load_cuda(const model_options& options);
+backend_code reference_code();
+backend_code cuda_code();
 
 namespace {
 
 struct entry {
     std::string_view name;
-    decltype(load_reference)* load;
+    decltype(reference_code)* code;
 };
 
 /// With the best instructions that this processor has, or those that the environment asks for.
-std::unique_ptr<model> load_cpu(const model_options& options) {
-#define X(isa) {KEEL_TEXT(isa), isa::load_cpu},
+backend_code cpu_code() {
+#define X(isa) {KEEL_TEXT(isa), isa::cpu_code},
     static constexpr entry carried[] = {KEEL_INSTRUCTION_SETS};
 #undef X
     const char* const wanted = std::getenv("KEEL_ISA");
-    return keel::choose_instruction_set(carried, wanted != nullptr ? wanted : "").load(options);
+    return keel::choose_instruction_set(carried, wanted != nullptr ? wanted : "").code();
 }
 
-}  // namespace
-
-std::unique_ptr<model> load(const model_options& options) {
-    if (options.backend == "cpu") return load_cpu(options);
-    if (options.backend == "reference") return load_reference(options);
+backend_code code_of(const model_options& options) {
+    if (options.backend == "cpu") return cpu_code();
+    if (options.backend == "reference") return reference_code();
 #ifdef KEEL_WITH_CUDA
-    return load_cuda(options);
+    return cuda_code();
 #else
     throw std::runtime_error("--backend cuda: this keel was built without CUDA (see the preset cuda)");
 #endif
 }
+
+}  // namespace
+
+std::unique_ptr<model> load(const model_options& options) { return code_of(options).load(options); }
+
+memory plan(const model_options& options, std::int64_t context) { return code_of(options).plan(options, context); }
 
 std::span<const std::byte> demo_model() { return {keel_demo_model, keel_demo_model_end}; }
 

@@ -83,8 +83,25 @@ public:
     virtual double bytes_per_token(std::int64_t position) const = 0;
 };
 
+/// Bytes that a model and one session take, see keel::memory_plan.
+struct memory {
+    std::int64_t context;
+    std::int64_t weights, tokenizer, workspace;                       // of the model
+    std::int64_t state, cache_per_token, cache, tokens, checkpoints;  // of the session
+    std::int64_t total;
+};
+
+/// What there is of each backend, and for the CPU of each instruction set.
+struct backend_code {
+    std::unique_ptr<model> (*load)(const model_options& options);
+    memory (*plan)(const model_options& options, std::int64_t context);
+};
+
 /// Throws std::exception. The messages name what is wrong.
 std::unique_ptr<model> load(const model_options& options);
+
+/// Reads no weights. A context of 0 is the engine's default. Throws as load() does.
+memory plan(const model_options& options, std::int64_t context);
 
 /// The demonstration model inside the executable.
 std::span<const std::byte> demo_model();

@@ -6,5 +6,5 @@
 #include "model_of.hpp"
 
 namespace tool::KEEL_ISA {
-std::unique_ptr<model> load_cpu(const model_options& options) { return std::make_unique<model_of<keel::cpu>>(options); }
+backend_code cpu_code() { return code_of<keel::cpu>(); }
 }  // namespace tool::KEEL_ISA

@@ -6,9 +6,7 @@
 #include "model_of.hpp"
 
 namespace tool {
-std::unique_ptr<model> load_cuda(const model_options& options) {
-    return std::make_unique<model_of<keel::cuda>>(options);
-}
+backend_code cuda_code() { return code_of<keel::cuda>(); }
 }  // namespace tool
 
 #endif

@@ -53,6 +53,22 @@ class model_of : public model {
 public:
     explicit model_of(const model_options& options) : engine_(open(options), engine_options(options)) {}
 
+    static memory plan(const model_options& options, std::int64_t context) {
+        const keel::gguf file = open(options);
+        const keel::session_options one{.context = context};
+        const keel::memory_plan p = keel::basic_engine<B>::plan(file, engine_options(options), one);
+        return {keel::context_of(keel::read_config(file), one),
+                p.weights,
+                p.tokenizer,
+                p.workspace,
+                p.state,
+                p.cache_per_token,
+                p.cache,
+                p.tokens,
+                p.checkpoints,
+                p.total()};
+    }
+
     std::unique_ptr<session> start(std::int64_t context, const sampling& how, bool beyond_training) const override {
         return wrap(engine_.start({.context = context, .beyond_training = beyond_training}), how);
     }
@@ -100,5 +116,12 @@ private:
 
     keel::basic_engine<B> engine_;
 };
+
+template <keel::backend B>
+backend_code code_of() {
+    return {
+        [](const model_options& options) -> std::unique_ptr<model> { return std::make_unique<model_of<B>>(options); },
+        &model_of<B>::plan};
+}
 
 }  // namespace tool

@@ -4,7 +4,5 @@
 #include "model_of.hpp"
 
 namespace tool {
-std::unique_ptr<model> load_reference(const model_options& options) {
-    return std::make_unique<model_of<keel::reference>>(options);
-}
+backend_code reference_code() { return code_of<keel::reference>(); }
 }  // namespace tool
