@@ -29,7 +29,11 @@ int main(int argc, char** argv) try {
         const keel::chat_message message{.content = line};
         session.feed(keel::chat_tokens(engine.vocabulary(), {&message, 1}, {.after_answer = turns.size() > 1}));
         keel::text_stream text(engine.vocabulary());
-        while (const auto token = session.next(sample)) std::cout << text.push(*token) << std::flush;
+        while (session.position() < session.context()) {
+            const auto token = session.next(sample);
+            if (!token) break;
+            std::cout << text.push(*token) << std::flush;
+        }
         std::cout << text.flush() << '\n';
     }
 } catch (const std::exception& e) {
