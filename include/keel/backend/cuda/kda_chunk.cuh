@@ -23,7 +23,7 @@ namespace detail {
 
 /// Grid: (chunks, heads, segments).
 template <int D>
-__global__ void __launch_bounds__(kda_prepare_threads<D>)
+__global__ void __launch_bounds__(kda_prepare_threads<D>, 8)
     kda_prepare_kernel(kda_chunk_args args, int first_chunk, kda_factors<D>* factors) {
     __shared__ kda_prepare_memory<D> memory;
     cuda_kernels::wait_for_previous();

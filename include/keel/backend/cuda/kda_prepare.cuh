@@ -61,7 +61,7 @@ template <int D>
 struct kda_prepare_memory {
     static constexpr int stride = D / 2 + 4;  // of half2: rows shifted by 16 bytes, so that ldmatrix has no conflicts
     union {
-        __half2 level[4][24][stride];  // k of later tokens, q of later tokens, k of earlier tokens
+        __half2 level[2][24][stride];  // k of later tokens, q of later tokens, k of earlier tokens
         struct {
             __half2 keys[kda_tokens][stride];               // kr
             __half2 solve[kda_tokens][kda_tokens / 2 + 4];  // T
@@ -85,109 +85,105 @@ __device__ void kda_prepare(const kda_chunk_args& args, const cuda_launch::segme
     const int start = chunk * kda_tokens;
     const int length = min(kda_tokens, segment.rows - start);
     const std::int64_t first = segment.first_row + start;
-    float diagonal[kda_tokens];
-    __half2 keys[kda_tokens];  // kr
-
-    if (thread < D / 2) {
-        const auto load = [&](const activations<const float>& from, int t) {
-            const float* p = from.data + (first + t) * from.row + head * from.head + 2 * thread;
-            return t < length ? __ldg(reinterpret_cast<const float2*>(p)) : float2{0, 0};
-        };
-        float2 decay[kda_tokens], k[kda_tokens], q[kda_tokens];
+    const bool mine = thread < D / 2;
+    const auto load = [&](const activations<const float>& from, int t) {
+        const float* p = from.data + (first + t) * from.row + head * from.head + 2 * thread;
+        return mine && t < length ? __ldg(reinterpret_cast<const float2*>(p)) : float2{0, 0};
+    };
+    float2 decay[kda_tokens], k[kda_tokens], q[kda_tokens];
 #pragma unroll
-        for (int t = 0; t < kda_tokens; ++t) {
-            decay[t] = load(args.log_decay, t);
-            k[t] = load(args.k, t);
-            q[t] = load(args.q, t);
-        }
-        const float scale = rsqrtf(static_cast<float>(D));
-#pragma unroll
-        for (int t = 0; t < kda_tokens; ++t) {
-            decay[t] = {__expf(decay[t].x), __expf(decay[t].y)};
-            q[t] = {q[t].x * scale, q[t].y * scale};
-            diagonal[t] = q[t].x * k[t].x + q[t].y * k[t].y;
-        }
-        const auto store = [&](__half2* row, float2 x, float2 factor) {
-            row[thread] = __floats2half2_rn(x.x * factor.x, x.y * factor.y);
-        };
-        const auto times = [](float2 x, float2 y) { return float2{x.x * y.x, x.y * y.y}; };
-        const auto split = [&]<int Half>(__half2(&tile)[24][kda_prepare_memory<D>::stride]) {
-#pragma unroll
-            for (int block = 0; block < kda_tokens; block += 2 * Half) {
-                float2 product = {1, 1};
-#pragma unroll
-                for (int i = Half - 1; i >= 0; --i) {
-                    store(tile[16 + block / 2 + i], k[block + i], product);
-                    product = times(product, decay[block + i]);
-                }
-                product = {1, 1};
-#pragma unroll
-                for (int i = 0; i < Half; ++i) {
-                    product = times(product, decay[block + Half + i]);
-                    store(tile[block / 2 + i], k[block + Half + i], product);
-                    store(tile[8 + block / 2 + i], q[block + Half + i], product);
-                }
-            }
-        };
-        split.template operator()<8>(memory.level[0]);
-        split.template operator()<4>(memory.level[1]);
-        split.template operator()<2>(memory.level[2]);
-        split.template operator()<1>(memory.level[3]);
-        float2 product = {1, 1};
-#pragma unroll
-        for (int t = 0; t < kda_tokens; ++t) {
-            product = times(product, decay[t]);
-            store(memory.keys[t], k[t], product);
-            store(memory.queries[t], q[t], product);
-        }
-        *reinterpret_cast<float2*>(&out.decay[2 * thread]) = product;
-        product = {1, 1};
-#pragma unroll
-        for (int t = kda_tokens - 1; t >= 0; --t) {
-            keys[t] = __floats2half2_rn(k[t].x * product.x, k[t].y * product.y);
-            product = times(product, decay[t]);
-        }
-    } else {
-#pragma unroll
-        for (int t = 0; t < kda_tokens; ++t) diagonal[t] = 0;
+    for (int t = 0; t < kda_tokens; ++t) {
+        decay[t] = load(args.log_decay, t);
+        k[t] = load(args.k, t);
+        q[t] = load(args.q, t);
     }
+    const float scale = rsqrtf(static_cast<float>(D));
+    float diagonal[kda_tokens];
+#pragma unroll
+    for (int t = 0; t < kda_tokens; ++t) {
+        decay[t] = {__expf(decay[t].x), __expf(decay[t].y)};
+        q[t] = {q[t].x * scale, q[t].y * scale};
+        diagonal[t] = q[t].x * k[t].x + q[t].y * k[t].y;
+    }
+    const auto store = [&](__half2* row, float2 x, float2 factor) {
+        if (mine) row[thread] = __floats2half2_rn(x.x * factor.x, x.y * factor.y);
+    };
+    const auto times = [](float2 x, float2 y) { return float2{x.x * y.x, x.y * y.y}; };
+    const auto split = [&]<int Half>(__half2(&tile)[24][kda_prepare_memory<D>::stride]) {
+#pragma unroll
+        for (int block = 0; block < kda_tokens; block += 2 * Half) {
+            float2 product = {1, 1};
+#pragma unroll
+            for (int i = Half - 1; i >= 0; --i) {
+                store(tile[16 + block / 2 + i], k[block + i], product);
+                product = times(product, decay[block + i]);
+            }
+            product = {1, 1};
+#pragma unroll
+            for (int i = 0; i < Half; ++i) {
+                product = times(product, decay[block + Half + i]);
+                store(tile[block / 2 + i], k[block + Half + i], product);
+                store(tile[8 + block / 2 + i], q[block + Half + i], product);
+            }
+        }
+    };
+    const auto multiply_levels = [&](int from) {
+        for (int level = warp; level < 2; level += warps) {
+            float product[4] = {};
+            const auto& tile = memory.level[level];
+            const std::uint32_t later = shared_address(&tile[lane % 16][lane / 16 * 4]);
+            const std::uint32_t earlier = shared_address(&tile[16 + lane % 8][lane / 8 * 4]);
+#pragma unroll
+            for (int step = 0; step < D / 32; ++step) {
+                std::uint32_t a0[4], a1[4], b[4];
+                load_matrices(a0, later + step * 64);
+                load_matrices(a1, later + step * 64 + 32);
+                load_matrices(b, earlier + step * 64);
+                multiply(product, a0, b[0], b[1]);
+                multiply(product, a1, b[2], b[3]);
+            }
+            const int half = 8 >> (from + level);
+            const int t = group / half * 2 * half + half + group % half;
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int earlier_token = 2 * quad + e;
+                if (group / half != earlier_token / half) continue;
+                const int i = earlier_token / half * 2 * half + earlier_token % half;
+                memory.a_b[t][i] = product[e];
+                memory.a_b[i][t] = product[2 + e];
+            }
+        }
+        __syncthreads();
+    };
+
+    // Two levels at a time: more blocks fit on a multiprocessor than with room for all four.
+    split.template operator()<8>(memory.level[0]);
+    split.template operator()<4>(memory.level[1]);
+    float2 product = {1, 1};
+#pragma unroll
+    for (int t = 0; t < kda_tokens; ++t) {
+        product = times(product, decay[t]);
+        store(memory.keys[t], k[t], product);
+        store(memory.queries[t], q[t], product);
+    }
+    if (mine) *reinterpret_cast<float2*>(&out.decay[2 * thread]) = product;
     const float part = sum_over_warp(diagonal, lane);
     if (lane % 2 == 0) memory.diagonal[warp][lane / 2] = part;
     if (thread < kda_tokens) {
         memory.beta[thread] = thread < length ? args.beta.data[(first + thread) * args.beta.row + head] : 0.0f;
     }
     __syncthreads();
-
-    for (int level = warp; level < 4; level += warps) {
-        float product[4] = {};
-        const auto& tile = memory.level[level];
-        const std::uint32_t later = shared_address(&tile[lane % 16][lane / 16 * 4]);
-        const std::uint32_t earlier = shared_address(&tile[16 + lane % 8][lane / 8 * 4]);
-#pragma unroll
-        for (int step = 0; step < D / 32; ++step) {
-            std::uint32_t a0[4], a1[4], b[4];
-            load_matrices(a0, later + step * 64);
-            load_matrices(a1, later + step * 64 + 32);
-            load_matrices(b, earlier + step * 64);
-            multiply(product, a0, b[0], b[1]);
-            multiply(product, a1, b[2], b[3]);
-        }
-        const int half = 8 >> level;
-        const int t = group / half * 2 * half + half + group % half;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int earlier_token = 2 * quad + e;
-            if (group / half != earlier_token / half) continue;
-            const int i = earlier_token / half * 2 * half + earlier_token % half;
-            memory.a_b[t][i] = product[e];
-            memory.a_b[i][t] = product[2 + e];
-        }
-    }
+    multiply_levels(0);
+    split.template operator()<2>(memory.level[0]);
+    split.template operator()<1>(memory.level[1]);
     __syncthreads();
+    multiply_levels(2);
 
-    if (thread < D / 2) {
+    product = {1, 1};
 #pragma unroll
-        for (int t = 0; t < kda_tokens; ++t) memory.late.keys[t][thread] = keys[t];
+    for (int t = kda_tokens - 1; t >= 0; --t) {
+        store(memory.late.keys[t], k[t], product);
+        product = times(product, decay[t]);
     }
     if (warp == 0) {  // column `lane` of T by forward substitution, then of b T
         float x[kda_tokens];
