@@ -101,6 +101,13 @@ class InstructionSets(unittest.TestCase):
             outside = keel("eval", "--ids", "999999", isa=isa)
             self.assertEqual((outside.returncode, "token 999999" in outside.stderr), (1, True), outside)
 
+    def test_the_memory_plan_is_that_of_the_set(self):
+        parts = ("weights", "tokenizer", "workspace", "state", "cache", "tokens", "checkpoints")
+        for isa in here():
+            plan = json.loads(keel("inspect", "--json", isa=isa).stdout)["memory"]
+            self.assertEqual(plan["total"], sum(plan[part] for part in parts))
+        self.assertEqual(keel("inspect", isa="none").returncode, 1)
+
     def test_only_the_entries_are_global(self):
         if len(carried()) == 1:
             self.skipTest("this executable has one copy")
