@@ -212,7 +212,7 @@ private:
                             index batch_rows, const session_options& options) {
         return make_plan<B>(shape, {.backend = chosen,
                                     .weight_bytes = weight_bytes_of<B>(file),
-                                    .tokenizer_bytes = text.memory_bytes(),
+                                    .tokenizer_bytes = text.memory_bytes() + file.memory_bytes(),
                                     .batch_rows = batch_rows,
                                     .context = context_of(shape, options),
                                     .checkpoint_bytes = options.checkpoint_bytes,

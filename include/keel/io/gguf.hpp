@@ -65,6 +65,15 @@ public:
     [[nodiscard]] index alignment() const noexcept { return first().alignment; }
     [[nodiscard]] int shards() const noexcept { return static_cast<int>(contents_->files.size()); }
 
+    /// What is kept besides the mapping: where values, the strings of arrays, and tensors lie.
+    [[nodiscard]] index memory_bytes() const noexcept {
+        std::size_t bytes = contents_->tensors.capacity() * sizeof(tensor_info);
+        for (const auto& file : contents_->files) {
+            for (const gguf_value& value : file.values) bytes += value.memory_bytes();
+        }
+        return static_cast<index>(bytes);
+    }
+
     /// Tells the operating system how the tensor data is about to be read.
     void advise(access_hint hint) const noexcept {
         for (const auto& file : contents_->files) file.mapping.advise(hint);

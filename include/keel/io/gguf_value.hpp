@@ -137,6 +137,11 @@ public:
     }
     [[nodiscard]] gguf_array as_array() const;
 
+    /// What it takes besides the bytes of the file.
+    [[nodiscard]] std::size_t memory_bytes() const noexcept {
+        return sizeof *this + strings_.capacity() * sizeof(std::string_view);
+    }
+
     /// Throws errc::format about this key; for checks that its reader knows about.
     [[noreturn]] void fail(std::string_view what) const {
         throw error(errc::format, *file_, std::string("key ").append(key_).append(" ").append(what));

@@ -30,7 +30,7 @@ namespace keel::inline KEEL_ABI {
 struct memory_plan {
     // Of the model.
     index weights = 0;
-    index tokenizer = 0;
+    index tokenizer = 0;  ///< and the metadata of the file, most of which are its words
     index workspace = 0;  ///< per batch in flight: one for each thread that runs sessions
 
     // Of a session.
