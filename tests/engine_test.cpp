@@ -162,6 +162,22 @@ TEST_CASE("sessions of one engine run on several threads") {
     CHECK(alone == together);
 }
 
+TEST_CASE("a plan counts interleaved weights") {
+    const auto mapped = keel::engine::open(KEEL_DEMO_MODEL);
+    const auto interleaved = keel::engine::open(KEEL_DEMO_MODEL, {.interleave = true});
+    keel::index more = 0;  // two bits for every scale and minimum of Q4_K
+    for (const keel::tensor_info& t : mapped.file().tensors()) {
+        if (t.type->name == "Q4_K" && t.dims[1] % 32 == 0 && t.name != "token_embd.weight") {
+            more += static_cast<keel::index>(t.data.size()) / 144 * 4;
+        }
+    }
+    CHECK(more > 0);
+    CHECK(interleaved.plan().weights == mapped.plan().weights + more);
+    CHECK(interleaved.plan().workspace == mapped.plan().workspace);
+    const auto exact = keel::engine::open(KEEL_DEMO_MODEL, {.precision = keel::precision::exact, .interleave = true});
+    CHECK(exact.plan().weights == mapped.plan().weights);
+}
+
 TEST_CASE("generation ends at an end-of-generation token, which is not appended") {
     const auto model = keel::engine::open(tiny);
     auto session = model.start();

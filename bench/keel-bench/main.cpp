@@ -95,6 +95,10 @@ void measure_loading(const bench::runner& runner, std::vector<bench::operation>&
                           .bytes = static_cast<double>(text.size())});
 }
 
+void add_interleave(CLI::App& command, bench::options& options) {
+    command.add_flag("--interleave", options.interleave, "CPU: copy weights into an order that is faster to read");
+}
+
 void add_common(CLI::App& command, bench::options& options, std::string& format) {
     command.add_option("-t,--threads", options.threads, "CPU threads (default: one per core)")
         ->check(CLI::NonNegativeNumber);
@@ -122,6 +126,7 @@ int main(int argc, char** argv) {
     std::string format = "md";
     bool no_limits = false;
     add_common(app, options, format);
+    add_interleave(app, options);
     app.add_option("-m,--model", options.model, "GGUF file");
     app.add_option("-p,--prompt", tests.prompts, "tokens to prefill, one or more lengths; 0: none")
         ->delimiter(',')
@@ -149,6 +154,7 @@ int main(int argc, char** argv) {
     std::string file = (std::filesystem::temp_directory_path() / "keel-bench.session").string();
     CLI::App* const sessions = app.add_subcommand("sessions", "what going back, copying, saving and batching cost");
     add_common(*sessions, options, format);
+    add_interleave(*sessions, options);
     sessions->add_option("-m,--model", options.model, "GGUF file")->required();
     sessions->add_option("-d,--depth", depth, "tokens of the conversation")
         ->check(CLI::Range(1024, 1 << 20))

@@ -57,6 +57,7 @@ ordered_json record(const options& o, const machine& m) {
             {"backend", o.backend},
             {"instruction_set", m.instruction_set},
             {"precision", o.precision},
+            {"interleave", o.interleave},
             {"read_gb_s", m.most.bytes_per_second / 1e9},
             {"integer_gop_s", m.most.integer_operations_per_second / 1e9},
             {"float_gop_s", m.most.float_operations_per_second / 1e9}};

@@ -17,7 +17,8 @@ struct options {
     std::string model;
     std::string backend = "cpu";
     std::string precision = "fast";
-    int threads = 0;           ///< 0: one per physical core
+    int threads = 0;  ///< 0: one per physical core
+    bool interleave = false;
     std::int64_t context = 0;  ///< 0: as much as the tests need
 };
 

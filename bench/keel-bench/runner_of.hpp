@@ -96,7 +96,8 @@ public:
     [[nodiscard]] int threads() const override { return keel::thread_pool(options_.threads).size(); }
     [[nodiscard]] std::unique_ptr<model> load() const override {
         return std::make_unique<model_of<B>>(keel::basic_engine<B>::open(
-            options_.model, {.precision = precision(), .threads = options_.threads, .device = 0}));
+            options_.model,
+            {.precision = precision(), .threads = options_.threads, .interleave = options_.interleave}));
     }
     [[nodiscard]] limits measure_limits() const override {
         if (options_.backend == "cuda") return {};
@@ -109,7 +110,7 @@ public:
         return bench::measure_reading(pool);
     }
     void measure_operations(const operation_sink& sink) const override {
-        operations_of<B>(keel::backend_options{precision(), options_.threads, 0}, sink);
+        operations_of<B>(keel::backend_options{.precision = precision(), .threads = options_.threads}, sink);
     }
 
 private:

@@ -35,11 +35,12 @@ namespace keel::inline KEEL_ABI {
 
 struct engine_options {
     keel::precision precision = precision::fast;
-    int threads = 0;         ///< CPU threads; 0: one per physical core
-    int device = 0;          ///< which GPU
-    index batch_rows = 512;  ///< most tokens that go through the model at once; more is faster and takes memory
-    index memory = 0;        ///< bytes that weights, workspace and one session may take together; 0: no limit
-    progress tell = {};      ///< stage "load", counted in tensors
+    int threads = 0;          ///< CPU threads; 0: one per physical core
+    int device = 0;           ///< which GPU
+    bool interleave = false;  ///< CPU: copy quantised weights into an order that is faster to read
+    index batch_rows = 512;   ///< most tokens that go through the model at once; more is faster and takes memory
+    index memory = 0;         ///< bytes that weights, workspace and one session may take together; 0: no limit
+    progress tell = {};       ///< stage "load", counted in tensors
 };
 
 /// The tokenizer that a file's metadata describes. Throws errc::format or errc::unsupported, naming the file.
@@ -205,13 +206,13 @@ public:
 
 private:
     static backend_options backend_part(const engine_options& options) {
-        return {options.precision, options.threads, options.device};
+        return {options.precision, options.threads, options.device, options.interleave};
     }
 
     static memory_plan plan(const gguf& file, const config& shape, const tokenizer& text, const backend_options& chosen,
                             index batch_rows, const session_options& options) {
         return make_plan<B>(shape, {.backend = chosen,
-                                    .weight_bytes = weight_bytes_of<B>(file),
+                                    .weight_bytes = weight_bytes_of<B>(file, chosen),
                                     .tokenizer_bytes = text.memory_bytes() + file.memory_bytes(),
                                     .batch_rows = batch_rows,
                                     .context = context_of(shape, options),

@@ -52,21 +52,21 @@ class InstructionSets(unittest.TestCase):
             self.assertEqual(done.returncode, 0, done.stderr)
             return json.loads(done.stdout), array.array("f", path.read_bytes())
 
-    def check_golden(self, isa, model, precision, logits_allowed, nll_allowed):
+    def check_golden(self, isa, model, precision, logits_allowed, nll_allowed, *arguments):
         for prompt in json.loads((DATA / f"golden/{model}.json").read_text())["prompts"]:
             for split in ([], ["--split", "1"]) if prompt["length"] == 65 else ([],):
                 result, logits = self.evaluate(isa, "-m", DATA / f"models/{model}.gguf", "--precision", precision,
-                                               "--ids", ",".join(map(str, prompt["tokens"])), *split)
+                                               "--ids", ",".join(map(str, prompt["tokens"])), *split, *arguments)
                 expected = array.array("f", (DATA / "golden" / prompt["logits_file"]).read_bytes())
                 error = math.dist(logits, expected) / math.hypot(*expected)
                 self.assertLessEqual(error, logits_allowed, (isa, model, precision, prompt["length"], split))
                 if prompt["mean_nll"] is not None:
                     self.assertAlmostEqual(result["mean_nll"], prompt["mean_nll"], delta=nll_allowed)
 
-    def check_greedy(self, isa, model, precision):
+    def check_greedy(self, isa, model, precision, *arguments):
         golden = json.loads((DATA / f"golden/{model}.json").read_text())["greedy"]
         done = keel("generate", "-m", DATA / f"models/{model}.gguf", "--precision", precision, "--temp", 0, "--json",
-                    "--ids", ",".join(map(str, golden["tokens"])), "-n", len(golden["ids"]), isa=isa)
+                    "--ids", ",".join(map(str, golden["tokens"])), "-n", len(golden["ids"]), *arguments, isa=isa)
         self.assertEqual(done.returncode, 0, done.stderr)
         expected = golden["ids"][:golden["ids"].index(EOS)] if EOS in golden["ids"] else golden["ids"]
         self.assertEqual(json.loads(done.stdout)["ids"], expected, (isa, model, precision))
@@ -79,15 +79,17 @@ class InstructionSets(unittest.TestCase):
                     self.check_golden(isa, model, "fast", *allowed)
                     self.check_greedy(isa, model, "exact")
                     self.check_greedy(isa, model, "fast")
+            self.check_golden(isa, "small-q8", "fast", *TOLERANCES["small-q8"], "--interleave")
+            self.check_greedy(isa, "small-q8", "fast", "--interleave")
 
     def test_demonstration_model(self):
         golden = json.loads((DATA / "demo/golden.json").read_text())
         for isa in here():
             for name, expected in golden["models"]["Q4_K_M"].items():
-                for precision, allowed in (("exact", 1e-5), ("fast", 2e-2)):
-                    with self.subTest(isa=isa, name=name, precision=precision):
+                for allowed, *arguments in ((1e-5, "exact"), (2e-2, "fast"), (2e-2, "fast", "--interleave")):
+                    with self.subTest(isa=isa, name=name, arguments=arguments):
                         ids = ",".join(map(str, golden["tokens"][name]))
-                        result, logits = self.evaluate(isa, "--ids", ids, "--precision", precision)
+                        result, logits = self.evaluate(isa, "--ids", ids, "--precision", *arguments)
                         self.assertAlmostEqual(result["mean_nll"], expected["mean_nll"], delta=allowed)
                         size = expected["logits_l2"]
                         self.assertAlmostEqual(math.hypot(*logits) / size, 1, delta=allowed)

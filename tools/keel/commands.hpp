@@ -58,6 +58,7 @@ void detokenize(const detokenize_options& options);
 struct inspect_options {
     std::string model;
     std::int64_t context = 0;
+    bool interleave = false;
     bool json = false;
 };
 void inspect(const inspect_options& options);

@@ -31,7 +31,7 @@ public:
         std::map<const std::byte*, const keel::tensor_info*> names;  // by the place of the data
         keel::importance_matrix seen;
 
-        explicit device(const keel::backend_options& options) : keel::cpu::device(options) {}
+        explicit device(const keel::backend_options& chosen) : keel::cpu::device(chosen) {}
     };
 
     collecting(std::shared_ptr<device> shared, index workspace_bytes)

@@ -82,7 +82,7 @@ nlohmann::ordered_json describe(const inspect_options& options) {
                           {"end_of_generation", text.end_of_generation()},
                           {"chat_template_bytes", text.chat_template().size()}};
 
-    const memory needed = plan({.path = options.model}, options.context);
+    const memory needed = plan({.path = options.model, .interleave = options.interleave}, options.context);
     about["memory"] = {{"context", needed.context},
                        {"weights", needed.weights},
                        {"tokenizer", needed.tokenizer},

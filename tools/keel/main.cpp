@@ -18,6 +18,10 @@ void add_model(CLI::App& command, std::string& path, bool needed = false) {
     if (needed) option->required();
 }
 
+void add_interleave(CLI::App& command, bool& interleave) {
+    command.add_flag("--interleave", interleave, "CPU: copy weights into an order that is faster to read");
+}
+
 void add_run(CLI::App& command, tool::run_options& run) {
     add_model(command, run.model.path);
     command.add_option("-t,--threads", run.model.threads, "CPU threads (default: one per core)")
@@ -31,6 +35,7 @@ void add_run(CLI::App& command, tool::run_options& run) {
         .add_option("--precision", run.model.precision, "exact: f32 activations, same bits however rows are batched")
         ->check(CLI::IsMember({"exact", "fast"}))
         ->capture_default_str();
+    add_interleave(command, run.model.interleave);
 }
 
 void add_sampling(CLI::App& command, tool::sampling& sample) {
@@ -121,6 +126,7 @@ int main(int argc, char** argv) {
     command = app.add_subcommand("inspect", "what a model file holds and what memory it needs");
     command->add_option("model", inspect.model, "GGUF file (default: the built-in demonstration model)");
     command->add_option("--ctx", inspect.context, "tokens of a session to plan for")->check(CLI::NonNegativeNumber);
+    add_interleave(*command, inspect.interleave);
     command->add_flag("--json", inspect.json, "print one JSON object");
     command->callback([&] { tool::inspect(inspect); });
 

@@ -23,6 +23,7 @@ struct model_options {
     std::string backend = "cpu";
     std::string precision = "fast";
     int threads = 0;
+    bool interleave = false;
     progress tell = {};
 };
 

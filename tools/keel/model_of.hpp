@@ -109,6 +109,7 @@ private:
         keel::engine_options o;
         o.precision = options.precision == "exact" ? keel::precision::exact : keel::precision::fast;
         o.threads = options.threads;
+        o.interleave = options.interleave;
         if (options.tell)
             o.tell = [tell = options.tell](const keel::progress_report& r) { return tell(r.stage, r.done, r.total); };
         return o;

@@ -38,8 +38,10 @@ enum class precision {
 /// What a backend is made from. Not every field means something to every backend.
 struct backend_options {
     keel::precision precision = precision::fast;
-    int threads = 0;  ///< CPU threads; 0: one per physical core
-    int device = 0;   ///< which GPU
+    int threads = 0;          ///< CPU threads; 0: one per physical core
+    int device = 0;           ///< which GPU
+    bool interleave = false;  ///< CPU: copy quantised weights into an order that is faster to read, instead of using
+                              ///< them where the file is mapped; not for precision::exact
 };
 
 /// The largest batch that a workspace must serve; a backend derives its own scratch memory from it.
@@ -257,6 +259,9 @@ struct shortlist_args {
 ///   keep(keep_args)                           keeping rows, which rewinding by replay needs
 ///   shortlist(shortlist_args), scatter(scatter_args)   leaving logits where they are until a sampler needs them all
 ///   record_bytes(type, columns)               bytes that it repacks a row of a quantised matrix to
+///   interleave(matrix_view)                   a copy of weights that only matmul, swiglu and experts read, in an order
+///                                             that suits them, or nothing: then bind() is asked
+///   interleaved_bytes(matrix_view, options)   bytes of that copy, or 0
 ///   graph(batch, pass)                        runs pass(), or replays a recording of it
 ///   enter_layer(i)                            is told which layer the next operations belong to
 template <class B>

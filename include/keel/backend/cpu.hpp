@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -15,6 +16,7 @@
 #include <keel/backend/cpu/convolution.hpp>
 #include <keel/backend/cpu/elementwise.hpp>
 #include <keel/backend/cpu/experts.hpp>
+#include <keel/backend/cpu/interleaved.hpp>
 #include <keel/backend/cpu/kda.hpp>
 #include <keel/backend/cpu/matmul.hpp>
 #include <keel/backend/cpu/threads.hpp>
@@ -32,10 +34,10 @@ public:
 
     /// What instances share. Jobs of several instances run one after another, each on all threads.
     struct device {
-        keel::precision precision;
+        backend_options options;
         thread_pool pool;
 
-        explicit device(const backend_options& options) : precision(options.precision), pool(options.threads) {}
+        explicit device(const backend_options& chosen) : options(chosen), pool(chosen.threads) {}
     };
 
     cpu(std::shared_ptr<device> shared, index workspace_bytes)
@@ -61,10 +63,25 @@ public:
     [[nodiscard]] matrix bind(const matrix_view& source, std::shared_ptr<const void> owner) const {
         return {source, std::move(owner)};
     }
+    /// A copy of these weights, interleaved on all threads, if the options ask for that and the weights allow it.
+    [[nodiscard]] std::optional<matrix> interleave(const matrix_view& source) const {
+        const index bytes = interleaved_bytes(source, device_->options);
+        if (bytes == 0) return {};
+        const auto memory = take_large_pages(bytes);
+        keel::interleave(source, memory.get(), pool());
+        matrix copy{source, memory, true};
+        copy.data = memory.get();
+        return copy;
+    }
+    /// Bytes of that copy; 0 if there is none.
+    static index interleaved_bytes(const matrix_view& w, const backend_options& options) {
+        if (!options.interleave || options.precision == precision::exact) return 0;
+        return w.count * w.rows * detail::interleaved_row_bytes(w);
+    }
     [[nodiscard]] vector bind(std::vector<float> values) const { return {std::move(values)}; }
 
     [[nodiscard]] index prefill_from() const {
-        return device_->precision == precision::exact ? std::numeric_limits<index>::max() : 16;
+        return device_->options.precision == precision::exact ? std::numeric_limits<index>::max() : 16;
     }
 
     void embed(const embed_args<matrix>& a) { keel::embed(a, pool()); }
@@ -89,7 +106,7 @@ public:
     void gather(const gather_args& a) { keel::gather(a, pool()); }
 
 private:
-    [[nodiscard]] precision wanted() const { return device_->precision; }
+    [[nodiscard]] precision wanted() const { return device_->options.precision; }
     [[nodiscard]] thread_pool& pool() const { return device_->pool; }
 
     std::shared_ptr<device> device_;

@@ -11,6 +11,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <keel/backend/batch.hpp>
 #include <keel/backend/concept.hpp>
 #include <keel/core/arena.hpp>
@@ -63,10 +67,22 @@ private:
     index bytes_ = 0;
 };
 
-/// Rows of weights as they lie in a file or in memory, and whatever keeps these bytes alive.
+/// Rows of weights as they lie in a file or in memory, and whatever keeps these bytes alive. Interleaved, `data` is
+/// what cpu/interleaved.hpp describes.
 struct host_matrix : matrix_view {
     std::shared_ptr<const void> owner;
+    bool interleaved = false;
 };
+
+/// Memory for weights, not initialised, in large pages where the system has them.
+inline std::shared_ptr<std::byte[]> take_large_pages(index bytes) {
+    constexpr std::align_val_t alignment{std::size_t{1} << 21};
+    auto* const data = static_cast<std::byte*>(::operator new(static_cast<std::size_t>(bytes), alignment));
+#if defined(__linux__)
+    ::madvise(data, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);  // a hint: refusal does not matter
+#endif
+    return {data, [](std::byte* p) { ::operator delete(p, alignment); }};
+}
 
 /// A small weight (norm, bias, taps), always f32.
 struct host_vector {

@@ -36,7 +36,7 @@ public:
     struct device : B::device {
         observer see;
 
-        explicit device(const backend_options& options, observer to = {}) : B::device(options), see(std::move(to)) {}
+        explicit device(const backend_options& chosen, observer to = {}) : B::device(chosen), see(std::move(to)) {}
     };
 
     observed(std::shared_ptr<device> shared, index workspace_bytes)
@@ -167,7 +167,7 @@ template <backend B>
 class checked : public observed<B> {
 public:
     struct device : observed<B>::device {
-        explicit device(const backend_options& options) : observed<B>::device(options, check_finite) {}
+        explicit device(const backend_options& chosen) : observed<B>::device(chosen, check_finite) {}
     };
 
     checked(std::shared_ptr<device> shared, index workspace_bytes) : observed<B>(std::move(shared), workspace_bytes) {}

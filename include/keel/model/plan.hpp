@@ -123,16 +123,22 @@ inline index weight_bytes(const gguf& file) {
     return bytes;
 }
 
-/// Bytes that a backend keeps them in: those of the file, unless it repacks quantised rows.
+/// Bytes that a backend keeps them in: those of the file, unless it repacks or interleaves quantised rows.
 template <backend B>
-index weight_bytes_of(const gguf& file) {
+index weight_bytes_of(const gguf& file, [[maybe_unused]] const backend_options& options) {
     index bytes = weight_bytes(file);
-    if constexpr (requires { B::record_bytes(dtype{}, index{}); }) {
-        for (const tensor_info& t : file.tensors()) {
+    for ([[maybe_unused]] const tensor_info& t : file.tensors()) {
+        if constexpr (requires { B::record_bytes(dtype{}, index{}); }) {
             if (t.type->block_elements == 1) continue;
             const index in_file = static_cast<index>(t.data.size());
             const index row = t.dims[0] / t.type->block_elements * t.type->block_bytes;
             bytes += in_file / row * B::record_bytes(static_cast<dtype>(t.type_id), t.dims[0]) - in_file;
+        }
+        if constexpr (requires { B::interleaved_bytes(matrix_view{}, options); }) {
+            if (!t.type->supported || !is_only_multiplied(t.name)) continue;
+            const matrix_view w{nullptr, static_cast<dtype>(t.type_id), t.dims[2], t.dims[1], t.dims[0]};
+            const index copied = B::interleaved_bytes(w, options);
+            if (copied > 0) bytes += copied - w.bytes();
         }
     }
     return bytes;

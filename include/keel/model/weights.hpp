@@ -10,6 +10,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -197,6 +198,12 @@ weights<B> make_layers(const config& c) {
     return w;
 }
 
+/// Whether only matmul, swiglu and experts read the matrix of this name.
+inline bool is_only_multiplied(std::string_view name) {
+    return name != "token_embd.weight" && name.find(".attn_k_b.") == name.npos &&
+           name.find(".attn_v_b.") == name.npos && name.find(".attn_kv_b.") == name.npos;
+}
+
 namespace detail {
 
 /// Takes tensors out of a file, by name, type and shape.
@@ -207,7 +214,15 @@ public:
 
     void bind(const std::string& name, const tensor_shape& shape, typename B::matrix& to) {
         if (const tensor_info* t = file_.find(name)) {
-            to = b_.bind(rows_of(*t, shape), file_.storage());
+            const matrix_view source = rows_of(*t, shape);
+            if constexpr (requires { b_.interleave(source); }) {
+                if (auto copy = is_only_multiplied(name) ? b_.interleave(source) : std::nullopt) {
+                    to = std::move(*copy);
+                    file_.release(*t);
+                    return;
+                }
+            }
+            to = b_.bind(source, file_.storage());
         } else if (!bind_part_of_joint(name, shape, to)) {
             fail(name, "is missing");
         }

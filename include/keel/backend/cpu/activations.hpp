@@ -24,6 +24,10 @@ namespace detail {
 /// How many rows are few in this sense.
 inline constexpr index rows_with_rests = 8;
 
+/// Up to how many rows of activations each row of weights is used as it lies; from there on tiles of weights are
+/// unpacked first.
+inline constexpr index few_rows = 4;
+
 /// What 1 stands for in sums of products of codes.
 template <bool Rests>
 inline constexpr float unit_of_sums = Rests ? 1.0f / 256 : 1.0f;

@@ -24,7 +24,7 @@ namespace detail {
 
 /// The rows of one expert.
 struct expert_task {
-    matrix_view gate, up, down;
+    weight_rows gate, up, down;
     index first;      // of its rows, in the order by expert
     activations in;   // to gate and up
     activations mid;  // to down
@@ -52,13 +52,13 @@ constexpr index gate_floats(index rows, index width) {
 
 /// Rounds one of the activations of each task, if the weights that it is multiplied with want that.
 inline void round_tasks(view<expert_task, 1> tasks, activations expert_task::*member,
-                        std::initializer_list<matrix_view> weights, precision wanted, thread_pool& pool,
+                        std::initializer_list<weight_rows> weights, precision wanted, thread_pool& pool,
                         arena& memory) {
     const activations& any = tasks[0].*member;
     const index columns = any.x.extent[1];
     for (index i = 0; i < tasks.extent[0]; ++i) {
         activations& in = tasks[i].*member;
-        for (const matrix_view& w : weights) in.as = std::max(in.as, operand_of(wanted, w, in.count));
+        for (const weight_rows& w : weights) in.serve(wanted, w);
     }
     // Few rows of one token's experts are the same row: rounded once.
     const auto is_shared = [&](const activations& in) {
@@ -144,7 +144,7 @@ inline void gate_and_up(std::span<const expert_task> tasks, view<float, 2> mid, 
 /// out (+)= sum of weight (down mid), expert after expert; a share has some columns of out.
 inline void down(std::span<const expert_task> tasks, const expert_rows& rows, precision wanted, thread_pool& pool,
                  arena& memory) {
-    const matrix_view& first = tasks.front().down;
+    const weight_rows& first = tasks.front().down;
     index most = 0;
     for (const expert_task& task : tasks) most = std::max(most, task.mid.count);
     const arena::scope scope(memory);
@@ -216,7 +216,8 @@ template <class Matrix>
 void swiglu(const swiglu_args<Matrix>& a, precision wanted, thread_pool& pool, arena& memory) {
     const arena::scope scope(memory);
     const auto task = memory.take<detail::expert_task>(1);
-    task[0] = {a.gate, a.up, a.down, 0, {.count = a.x.extent[0], .x = {}}, {}};
+    using rows = detail::weight_rows;
+    task[0] = {rows::of(a.gate), rows::of(a.up), rows::of(a.down), 0, {.count = a.x.extent[0], .x = {}}, {}};
     detail::feed_forward(task, {a.x, nullptr, nullptr, a.out, a.accumulate}, wanted, pool, memory);
 }
 
@@ -238,10 +239,11 @@ void experts(const experts_args<Matrix>& a, precision wanted, thread_pool& pool,
     }
     if (used == 0) return;
     const auto tasks = memory.take<detail::expert_task>(used);
+    using rows = detail::weight_rows;
+    const rows gate = rows::of(a.gate), up = rows::of(a.up), down = rows::of(a.down);
     for (index e = 0, task = 0, first = 0; e < a.gate.count; first = ends[e++]) {
         if (ends[e] == first) continue;
-        tasks[task++] = {
-            a.gate.matrix(e), a.up.matrix(e), a.down.matrix(e), first, {.count = ends[e] - first, .x = {}}, {}};
+        tasks[task++] = {gate.matrix(e), up.matrix(e), down.matrix(e), first, {.count = ends[e] - first, .x = {}}, {}};
     }
     const auto source = memory.take<index>(count);
     const auto weight = memory.take<float>(count);

@@ -7,11 +7,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #include <keel/backend/cpu/activations.hpp>
 #include <keel/backend/cpu/bytes.hpp>
 #include <keel/backend/cpu/codes.hpp>
+#include <keel/backend/cpu/tile_lanes.hpp>
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/quant.hpp>
@@ -19,117 +19,6 @@
 
 namespace keel::inline KEEL_ABI {
 namespace detail {
-
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__)
-
-/// The arithmetic of a tile: one lane per weight row, in two registers, so that a value that is loaded serves both.
-struct tile_lanes {
-    static constexpr int rows = 32;
-    struct floats {
-        __m512 low, high;
-    };
-    struct ints {
-        __m512i low, high;
-    };
-    using codes = ints;
-
-    static floats load(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
-    static void store(float* p, floats x) {
-        _mm512_storeu_ps(p, x.low);
-        _mm512_storeu_ps(p + 16, x.high);
-    }
-    static floats splat(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
-    static floats zero() { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
-    static floats multiply(floats a, floats b) { return {_mm512_mul_ps(a.low, b.low), _mm512_mul_ps(a.high, b.high)}; }
-    static floats fma(floats a, floats b, floats c) {
-        return {_mm512_fmadd_ps(a.low, b.low, c.low), _mm512_fmadd_ps(a.high, b.high, c.high)};
-    }
-    static floats fnma(floats a, floats b, floats c) {
-        return {_mm512_fnmadd_ps(a.low, b.low, c.low), _mm512_fnmadd_ps(a.high, b.high, c.high)};
-    }
-    static codes load_codes(const std::uint8_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)}; }
-    static ints no_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-    static ints times256(ints x) { return {_mm512_slli_epi32(x.low, 8), _mm512_slli_epi32(x.high, 8)}; }
-    static floats to_floats(ints x) { return {_mm512_cvtepi32_ps(x.low), _mm512_cvtepi32_ps(x.high)}; }
-
-    /// Adds to each lane the products of its four codes with four activations.
-    template <bool Signed>
-    static ints dot(ints sums, codes weights, const std::int8_t* x) {
-        static_assert(!Signed);
-        std::int32_t four;
-        std::memcpy(&four, x, sizeof(four));
-        const __m512i values = _mm512_set1_epi32(four);
-        return {_mm512_dpbusd_epi32(sums.low, weights.low, values),
-                _mm512_dpbusd_epi32(sums.high, weights.high, values)};
-    }
-
-    /// From the tile's rows of 8 times 4 bytes to 8 columns of a row each.
-    static void transpose(const void* rows_of_8, void* columns) {
-        const auto* const from = static_cast<const std::uint8_t*>(rows_of_8);
-        auto* const to = static_cast<std::uint8_t*>(columns);
-        for (int half = 0; half < 2; ++half) transpose_half(from + half * 16 * 32, to + half * 64);
-    }
-
-private:
-    static __m256i load(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-
-    /// 16 rows. A column is 128 bytes, of which these are 64.
-    static void transpose_half(const std::uint8_t* from, std::uint8_t* to) {
-        __m512i x[8], y[8];
-        for (int i = 0; i < 8; ++i) {  // rows 0-3 with 4-7 in the upper half; rows 8-11 with 12-15
-            const int row = i < 4 ? i : i + 4;
-            x[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load(from + 32 * row)), load(from + 32 * (row + 4)), 1);
-        }
-        for (int i = 0; i < 8; i += 4) {
-            const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-            const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
-            y[i] = _mm512_unpacklo_epi64(a, c);
-            y[i + 1] = _mm512_unpackhi_epi64(a, c);
-            y[i + 2] = _mm512_unpacklo_epi64(b, d);
-            y[i + 3] = _mm512_unpackhi_epi64(b, d);
-        }
-        for (int i = 0; i < 4; ++i) {  // 128 bits: columns i and i + 4 of rows 0-3, then of 4-7; and 8-11, 12-15
-            _mm512_storeu_si512(to + 128 * i, _mm512_shuffle_i32x4(y[i], y[i + 4], 0x88));
-            _mm512_storeu_si512(to + 128 * (i + 4), _mm512_shuffle_i32x4(y[i], y[i + 4], 0xDD));
-        }
-    }
-};
-
-#else
-
-struct tile_lanes {
-    static constexpr int rows = 8;
-    using floats = simd::floats8;
-    using codes = simd::bytes32;
-
-    static floats load(const float* p) { return simd::load_floats8(p); }
-    static void store(float* p, floats x) { simd::store_floats8(p, x); }
-    static floats splat(float x) { return simd::splat8(x); }
-    static floats zero() { return simd::splat8(0.0f); }
-    static floats multiply(floats a, floats b) { return a * b; }
-    static floats fma(floats a, floats b, floats c) { return simd::fma(a, b, c); }
-    static floats fnma(floats a, floats b, floats c) { return simd::fnma(a, b, c); }
-    static codes load_codes(const std::uint8_t* p) { return simd::load_bytes(p); }
-    static simd::ints8 no_sums() { return simd::no_sums(); }
-    static simd::ints8 times256(simd::ints8 x) { return simd::times256(x); }
-    static floats to_floats(simd::ints8 x) { return simd::to_floats(x); }
-
-    template <bool Signed>
-    static simd::ints8 dot(simd::ints8 sums, codes weights, const std::int8_t* x) {
-        return simd::dot4<Signed>(sums, weights, simd::repeat4(x));
-    }
-
-    static void transpose(const void* rows_of_8, void* to) {
-        const auto* const from = static_cast<const std::uint8_t*>(rows_of_8);
-        for (int c = 0; c < 8; ++c) {
-            for (int r = 0; r < rows; ++r) {
-                std::memcpy(static_cast<std::uint8_t*>(to) + (c * rows + r) * 4, from + 32 * r + 4 * c, 4);
-            }
-        }
-    }
-};
-
-#endif
 
 /// Rows of a quantised matrix, unpacked. Per part of 32 columns: codes (8, rows, 4), scales and minimums (1 or 2
 /// groups, rows).
@@ -248,10 +137,14 @@ struct byte_panels {
         }
     }
 
-    /// As in byte_rows, per group of columns that share a minimum (16).
+    /// Of row `t`, in part `p`.
+    [[nodiscard]] const std::int8_t* codes_of(int t, index p) const { return code + (p * rows + t) * part_columns; }
+    [[nodiscard]] const std::int8_t* rests_of(int t, index p) const { return rest + (p * rows + t) * part_columns; }
+    [[nodiscard]] float scale_of(int t, index p) const { return scale[p * rows + t]; }
+    /// As in byte_rows, in group `g` of the columns that share a minimum.
     template <class Block, bool Rests>
-    [[nodiscard]] const float* minimum_factors() const {
-        return codes<Block>::group == 16 ? half_sum : Rests ? full_sum : part_sum;
+    [[nodiscard]] float minimum_factor(int t, index g) const {
+        return (codes<Block>::group == 16 ? half_sum : Rests ? full_sum : part_sum)[g * rows + t];
     }
 
 private:
@@ -266,40 +159,75 @@ private:
 
 using tile_sums = float[byte_panels::rows][tile_lanes::rows];
 
-/// sums[t][r] = weight row r times activation row t, for the first `count` rows of the panel, with their rests or not.
-template <class Block, bool Rests>
-void multiply_panel(const weight_tile& w, const byte_panels& x, int count, tile_sums& sums) {
+/// Reads a tile, part after part: for group K of the part their codes, four columns a step, and the factors;
+/// weight = factor code - least.
+template <class Block>
+class unpacked_reader {
+public:
+    explicit unpacked_reader(const weight_tile& tile) : tile_(tile) {}
+
+    void enter(index part) { part_ = part; }
+
+    template <int K, int Steps>
+    void read(tile_lanes::codes* codes, tile_lanes::floats& factor, tile_lanes::floats& least) const {
+        constexpr index groups = part_columns / detail::codes<Block>::group, rows = tile_lanes::rows;
+        const index g = part_ * groups + K;
+        for (int s = 0; s < Steps; ++s) codes[s] = tile_lanes::load_codes(tile_.code + (g * Steps + s) * 4 * rows);
+        factor = tile_lanes::load(tile_.scale + g * rows);
+        if constexpr (has_minimums<Block>) least = tile_lanes::load(tile_.min + g * rows);
+    }
+
+private:
+    const weight_tile& tile_;
+    index part_ = 0;
+};
+
+/// sums[t][r] += weight row r times activation row t, of the columns of the parts [first, last) and the first `count`
+/// rows of x, with their rests or not.
+template <class Block, bool Rests, class Reader, class Rows>
+void multiply_parts(Reader& w, const Rows& x, index first, index last, int count, tile_sums& sums) {
     using lanes = tile_lanes;
     constexpr int groups = part_columns / codes<Block>::group;
     constexpr int steps = part_columns / 4 / groups;
-    for (int t = 0; t < count; ++t) lanes::store(sums[t], lanes::zero());
-    const float* const code_sum = x.template minimum_factors<Block, Rests>();
-    for (index g = 0; g < x.parts * groups; ++g) {
-        const index part = g / groups;
-        const index first = part * byte_panels::rows * part_columns + g % groups * steps * 4;
-        const float* const scale = x.scale + part * byte_panels::rows;
-        const float* const own_sum = code_sum + g * byte_panels::rows;
-        lanes::codes weights[steps];  // in registers: what is stored below could be the bytes that they come from
-        for (int s = 0; s < steps; ++s) weights[s] = lanes::load_codes(w.code + (g * steps + s) * 4 * lanes::rows);
-        const lanes::floats factor =
-            lanes::multiply(lanes::load(w.scale + g * lanes::rows), lanes::splat(unit_of_sums<Rests>));
-        const lanes::floats least = has_minimums<Block> ? lanes::load(w.min + g * lanes::rows) : lanes::zero();
+    for (index part = first; part < last; ++part) {
+        w.enter(part);
+        // In registers: what is stored below could be the bytes that they come from.
+        lanes::codes weights[groups * steps];
+        lanes::floats factor[groups], least[groups];
+        unrolled<groups>([&]<int K>() {
+            w.template read<K, steps>(weights + K * steps, factor[K], least[K]);
+            if constexpr (Rests) factor[K] = lanes::multiply(factor[K], lanes::splat(unit_of_sums<Rests>));
+        });
         for (int t = 0; t < count; ++t) {
-            const auto add = [&](auto dots, const std::int8_t* values) {
-                for (int s = 0; s < steps; ++s) {
-                    const std::int8_t* const four = values + first + t * part_columns + s * 4;
-                    dots = lanes::template dot<has_signed_codes<Block>>(dots, weights[s], four);
+            lanes::floats total = lanes::load(sums[t]), scaled;
+            unrolled<groups>([&]<int K>() {
+                const auto add = [&](auto dots, const std::int8_t* values) {
+                    for (int s = 0; s < steps; ++s) {
+                        const std::int8_t* const four = values + (K * steps + s) * 4;
+                        dots = lanes::template dot<has_signed_codes<Block>>(dots, weights[K * steps + s], four);
+                    }
+                    return dots;
+                };
+                auto dots = add(lanes::no_sums(), x.codes_of(t, part));
+                if constexpr (Rests) dots = add(lanes::times256(dots), x.rests_of(t, part));
+                const lanes::floats product = lanes::to_floats(dots);
+                scaled = K == 0 ? lanes::multiply(product, factor[K]) : lanes::fma(product, factor[K], scaled);
+                if constexpr (has_minimums<Block>) {
+                    const float own = x.template minimum_factor<Block, Rests>(t, part * groups + K);
+                    total = lanes::fnma(least[K], lanes::splat(own), total);
                 }
-                return dots;
-            };
-            auto dots = add(lanes::no_sums(), x.code);
-            if constexpr (Rests) dots = add(lanes::times256(dots), x.rest);
-            lanes::floats total = lanes::load(sums[t]);
-            if constexpr (has_minimums<Block>) total = lanes::fnma(least, lanes::splat(own_sum[t]), total);
-            const lanes::floats by = lanes::multiply(factor, lanes::splat(scale[t]));
-            lanes::store(sums[t], lanes::fma(lanes::to_floats(dots), by, total));
+            });
+            lanes::store(sums[t], lanes::fma(scaled, lanes::splat(x.scale_of(t, part)), total));
         }
     }
+}
+
+/// sums[t][r] = weight row r times activation row t, for the first `count` rows of the panel.
+template <class Block, bool Rests>
+void multiply_panel(const weight_tile& w, const byte_panels& x, int count, tile_sums& sums) {
+    for (int t = 0; t < count; ++t) tile_lanes::store(sums[t], tile_lanes::zero());
+    unpacked_reader<Block> reader(w);
+    multiply_parts<Block, Rests>(reader, x, 0, x.parts, count, sums);
 }
 
 }  // namespace detail

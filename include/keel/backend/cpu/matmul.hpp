@@ -14,7 +14,9 @@
 #include <keel/backend/cpu/codes.hpp>
 #include <keel/backend/cpu/dot.hpp>
 #include <keel/backend/cpu/gemm.hpp>
+#include <keel/backend/cpu/interleaved.hpp>
 #include <keel/backend/cpu/matrix_unit.hpp>
+#include <keel/backend/cpu/operand.hpp>
 #include <keel/backend/cpu/threads.hpp>
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
@@ -23,74 +25,6 @@
 
 namespace keel::inline KEEL_ABI {
 namespace detail {
-
-/// Up to how many rows of activations each row of weights is used as it lies; from there on tiles of weights are
-/// unpacked first.
-inline constexpr index few_rows = 4;
-
-/// What a product takes its activations as: as they are, rounded to bytes, or rounded to bf16.
-enum class operand { floats, bytes, halves };
-
-inline operand operand_of(precision wanted, const matrix_view& w, [[maybe_unused]] index count) {
-    if (wanted == precision::exact) return operand::floats;
-    const bool quantised = info(w.type).block_elements > 1;
-#if defined(KEEL_AMX)
-    const bool fits = w.columns % part_columns == 0 && w.type != dtype::f32;
-    const bool fine = quantised && info(w.type).block_bytes >= info(w.type).block_elements;  // see takes_rests
-    if (count > (fine ? rows_with_rests : few_rows) && fits && amx::permitted()) return operand::halves;
-#endif
-    return quantised ? operand::bytes : operand::floats;
-}
-
-/// Activations of a product, and what they are rounded to if its weights want that.
-struct activations {
-    index count = 0;         // rows of the product
-    view<const float, 2> x;  // row n of the product is row source[n] of x and of rows; without source it is row n
-    const index* source = nullptr;
-    operand as = operand::floats;  // for the products that want them rounded
-    byte_rows rows = {};           // few of them
-    byte_panels panels = {};       // many, in the product's order
-#if defined(KEEL_AMX)
-    half_panels halves = {};  // as panels
-#endif
-
-    static constexpr index panel_rows = byte_panels::rows;
-
-    [[nodiscard]] bool few() const { return count <= few_rows; }
-    [[nodiscard]] index row(index n) const { return source == nullptr ? n : source[n]; }
-
-    /// Takes memory for values rounded to `as`.
-    void take(arena& memory) {
-        const index columns = x.extent[1];
-#if defined(KEEL_AMX)
-        if (as == operand::halves) halves = half_panels::take(memory, count, columns);
-#endif
-        if (as == operand::bytes && few()) rows = byte_rows::take(memory, count, columns);
-        if (as == operand::bytes && !few()) panels = byte_panels::take(memory, count, columns);
-    }
-    /// Bytes that take() takes, at most, for n rows.
-    static constexpr index bytes(index n, index columns) {
-        index most = std::max(byte_rows::bytes(std::min(n, few_rows), columns), byte_panels::bytes(n, columns));
-#if defined(KEEL_AMX)
-        most = std::max(most, half_panels::bytes(n, columns));
-#endif
-        return most;
-    }
-
-    /// What is rounded in one go: a row, or a panel.
-    [[nodiscard]] index pieces() const { return few() ? count : byte_panels::count(count); }
-
-    void fill(index piece) const {
-        if (as == operand::bytes && few()) return rows.quantise(piece, x[row(piece)].data);
-        const index first = piece * panel_rows;
-        const int n = static_cast<int>(std::min<index>(panel_rows, count - first));
-        const auto from = [&](int i) { return x[row(first + i)].data; };
-#if defined(KEEL_AMX)
-        if (as == operand::halves) return halves.fill(piece, n, from);
-#endif
-        panels.fill(piece, n, from);
-    }
-};
 
 /// Memory that one thread needs for a product of n rows and `columns` columns.
 constexpr index product_scratch([[maybe_unused]] index n, index columns) {
@@ -142,15 +76,67 @@ void multiply_few(const Block* w, index stride, index columns, const activations
     if (n < in.count) take.template operator()<1>();
 }
 
+/// multiply_rows for an interleaved matrix; the range consists of whole tiles.
+template <class Block, class Emit>
+void multiply_tiles(const weight_rows& w, row_range range, const activations& in, [[maybe_unused]] arena& scratch,
+                    Emit&& emit) {
+    constexpr index rows = tile_lanes::rows;
+    const index tile_bytes = tile_layout<Block>::bytes(w.columns);
+#if defined(KEEL_AMX)
+    if (in.as == operand::halves) {
+        const blocks_of_tiles<Block> all{w.data, tile_bytes, range.first, range.first + range.count};
+        return multiply_halves(all, w.columns, in.halves, in.count, scratch, emit);
+    }
+#endif
+    // The tiles that are multiplied together are half of the range apart.
+    const auto multiply = [&]<int Tiles, bool Rests>(index first, index apart, const auto& x, index n, int count) {
+        const std::byte* tile[Tiles];
+        for (int k = 0; k < Tiles; ++k) tile[k] = w.data + (first + k * apart) / rows * tile_bytes;
+        alignas(64) tile_sums sums[Tiles];
+        multiply_interleaved<Block, Rests>(tile, w.columns, x, count, sums);
+        for (int k = 0; k < Tiles; ++k) {
+            for (int t = 0; t < count; ++t) emit(n + t, first + k * apart, sums[k][t], rows);
+        }
+    };
+    const auto multiply_all_rows = [&]<int Tiles>(index first, index apart) {
+        if (in.few()) {
+            index row[few_rows];
+            for (index n = 0; n < in.count; ++n) row[n] = in.row(n);
+            const chosen_rows<Block> x(in.rows, row, in.count);
+            return multiply.template operator()<Tiles, takes_rests<Block>>(first, apart, x, 0,
+                                                                           static_cast<int>(in.count));
+        }
+        for (index n = 0; n < in.count; n += byte_panels::rows) {
+            const byte_panels x = in.panels.from(n / byte_panels::rows);
+            const int count = static_cast<int>(std::min<index>(byte_panels::rows, in.count - n));
+            if (takes_rests<Block> && in.count <= rows_with_rests) {
+                multiply.template operator()<Tiles, takes_rests<Block>>(first, apart, x, n, count);
+            } else {
+                multiply.template operator()<Tiles, false>(first, apart, x, n, count);
+            }
+        }
+    };
+    const index pairs = range.count / rows / 2;
+    for (index k = 0; k < pairs; ++k) {
+        multiply_all_rows.template operator()<2>(range.first + k * rows, pairs * rows);
+    }
+    for (index o = 2 * pairs * rows; o < range.count; o += rows) {
+        multiply_all_rows.template operator()<1>(range.first + o, index{0});
+    }
+}
+
 /// Rows [range.first, + range.count) of W x for all activations: calls emit(n, o, values, count) with the products of
 /// activation row n and weight rows o to o + count - 1, each once.
 template <class Emit>
-void multiply_rows(precision wanted, const matrix_view& w, row_range range, const activations& in, arena scratch,
+void multiply_rows(precision wanted, const weight_rows& w, row_range range, const activations& in, arena scratch,
                    Emit&& emit) {
     const index last = range.first + range.count;
     const bool rounded = operand_of(wanted, w, in.count) != operand::floats;
     const operand as = rounded ? in.as : operand::floats;
     visit_blocks(w.type, [&]<class Block>() {
+        if constexpr (interleaves<Block>) {
+            if (w.interleaved) return multiply_tiles<Block>(w, range, in, scratch, emit);
+        }
         const auto* const blocks = reinterpret_cast<const Block*>(w.data);
         const index stride = w.columns / Block::elements;
         // Four rows together. Where reading them is what takes time, they are far apart: memory likes to be read in a
@@ -163,7 +149,9 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
 #if defined(KEEL_AMX)
         if constexpr (Block::type != dtype::f32) {
             if (as == operand::halves) {
-                return multiply_halves(blocks, w.columns, range.first, last, in.halves, in.count, scratch, emit);
+                const bool far_apart = walk_for(in.count).blocks == 1;
+                const blocks_of_rows<Block> all{blocks, stride, range.first, last, far_apart};
+                return multiply_halves(all, w.columns, in.halves, in.count, scratch, emit);
             }
         }
 #endif
@@ -209,12 +197,9 @@ void multiply_rows(precision wanted, const matrix_view& w, row_range range, cons
     });
 }
 
-/// Weight rows that are shared out together.
-inline constexpr index unit_rows = 32;
-
 /// A product as a part of a job.
 struct product {
-    matrix_view weight;  // one matrix
+    weight_rows weight;  // one matrix
     const activations* in;
     view<float, 2> out;  // (in->count, rows of weight)
     bool accumulate;
@@ -301,14 +286,14 @@ void matmul(view<const float, 2> x, std::initializer_list<linear<Matrix>> produc
             arena& memory) {
     const arena::scope scope(memory);
     detail::activations in{.count = x.extent[0], .x = x};
-    for (const auto& p : products) in.as = std::max(in.as, detail::operand_of(wanted, p.weight, in.count));
+    for (const auto& p : products) in.serve(wanted, detail::weight_rows::of(p.weight));
     if (in.as != detail::operand::floats) {
         in.take(memory);
         detail::round_all({&in, 1}, pool);
     }
     const auto list = memory.take<detail::product>(products.size());
     index count = 0;
-    for (const auto& p : products) list[count++] = {p.weight, &in, p.out, p.accumulate};
+    for (const auto& p : products) list[count++] = {detail::weight_rows::of(p.weight), &in, p.out, p.accumulate};
     detail::multiply_all({list.data, products.size()}, wanted, pool, memory);
 }
 
@@ -319,13 +304,14 @@ void matmul_heads(const matmul_heads_args<Matrix>& a, precision wanted, thread_p
     const auto heads = static_cast<std::size_t>(a.weight.count);
     const auto inputs = memory.take<detail::activations>(heads);
     const auto list = memory.take<detail::product>(heads);
-    const auto as = detail::operand_of(wanted, a.weight, a.x.extent[0]);
+    const auto weight = detail::weight_rows::of(a.weight);
     for (index h = 0; h < a.weight.count; ++h) {
-        inputs[h] = {.count = a.x.extent[0], .x = a.x.slice(h), .as = as};
+        inputs[h] = {.count = a.x.extent[0], .x = a.x.slice(h)};
+        inputs[h].serve(wanted, weight);
         inputs[h].take(memory);
-        list[h] = {a.weight.matrix(h), &inputs[h], a.out.slice(h), false};
+        list[h] = {weight.matrix(h), &inputs[h], a.out.slice(h), false};
     }
-    if (as != detail::operand::floats) detail::round_all({inputs.data, heads}, pool);
+    if (inputs[0].as != detail::operand::floats) detail::round_all({inputs.data, heads}, pool);
     detail::multiply_all({list.data, heads}, wanted, pool, memory);
 }
 

@@ -2,7 +2,8 @@
 //
 // Products of weight rows with many activation rows on Intel's matrix unit. Weights become bf16, scales and minimums
 // included, as they lie: a row of 32 columns is a row of a left operand, so that nothing is transposed. Activations are
-// right operands, pairs of columns side by side. Both are rounded once, to 8 bits; sums are f32.
+// right operands, pairs of columns side by side. Interleaved weights are right operands, and activations left ones.
+// Both are rounded once, to 8 bits; sums are f32.
 #pragma once
 
 #include <keel/backend/cpu/amx.hpp>
@@ -15,6 +16,7 @@
 
 #include <keel/backend/cpu/codes.hpp>
 #include <keel/backend/cpu/dot.hpp>
+#include <keel/backend/cpu/interleaved.hpp>
 #include <keel/core/arena.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/quant.hpp>
@@ -23,8 +25,8 @@
 namespace keel::inline KEEL_ABI {
 namespace detail {
 
-/// Rows of activations in panels of 16 rows. Per panel and part of 32 columns a right operand: (16 pairs of columns, 16
-/// rows, 2).
+/// Rows of activations in panels of 16 rows. Per panel and part of 32 columns a right operand, (16 pairs of columns, 16
+/// rows, 2), or a left one, (16 rows, 32).
 struct half_panels {
     static constexpr int rows = 16;
     static constexpr index part_size = rows * part_columns;
@@ -45,7 +47,7 @@ struct half_panels {
 
     /// Fills panel `p` with rows source(0), ..., source(n - 1), and zeros.
     template <class F>
-    void fill(index p, int n, F&& source) const {
+    void fill(index p, int n, bool left, F&& source) const {
         alignas(64) std::uint32_t pairs[rows][rows];
         std::memset(pairs, 0, sizeof(pairs));
         const float* row[rows];
@@ -56,7 +58,11 @@ struct half_panels {
                 const float* const x = row[i] + part * part_columns;
                 _mm512_store_si512(pairs[i], amx::halves_of(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)));
             }
-            amx::transpose(reinterpret_cast<const float*>(pairs), rows, reinterpret_cast<float*>(to), rows);
+            if (left) {
+                std::memcpy(to, pairs, sizeof(pairs));
+            } else {
+                amx::transpose(reinterpret_cast<const float*>(pairs), rows, reinterpret_cast<float*>(to), rows);
+            }
         }
     }
 };
@@ -136,8 +142,45 @@ struct weight_block {
         }
     }
 
+    /// Converts the first `n` columns of what the reader of a tile comes to next, as right operands: per part and 16
+    /// rows (16 pairs of columns, 16 rows, 2).
+    template <class Block>
+    void fill(tile_reader<Block> from, index n) const {
+        constexpr int groups = tile_layout<Block>::groups, steps = tile_layout<Block>::steps;
+        bf16* to = value;
+        for (index part = 0; part < n / part_columns; ++part, to += next_part) {
+            from.enter(part);
+            unrolled<groups>([&]<int K>() {
+                tile_lanes::codes code[steps];
+                tile_lanes::floats factor, least;
+                from.template read<K, steps>(code, factor, least);
+                for (int s = 0; s < steps; ++s) {
+                    bf16* const pairs = to + (K * steps + s) * 2 * part_columns;
+                    store_pairs(code[s].low, factor.low, least.low, pairs);
+                    store_pairs(code[s].high, factor.high, least.high, pairs + next_part / 2);
+                }
+            });
+        }
+    }
+
 private:
     static constexpr index next_part = rows * part_columns;
+
+    /// Four columns of 16 rows: two pairs.
+    static void store_pairs(__m512i codes, __m512 factor, __m512 least, bf16* to) {
+        const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
+                                                      7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const auto weights = [&]<int Byte>() {
+            const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, 8 * Byte), _mm512_set1_epi32(255));
+            return _mm512_fmsub_ps(_mm512_cvtepi32_ps(code), factor, least);
+        };
+        const auto store = [&](index pair, __m512 even, __m512 odd) {
+            const __m512i both = _mm512_permutexvar_epi16(side_by_side, amx::halves_of(even, odd));
+            _mm512_storeu_si512(to + pair * part_columns, both);
+        };
+        store(0, weights.template operator()<0>(), weights.template operator()<1>());
+        store(1, weights.template operator()<2>(), weights.template operator()<3>());
+    }
 
     template <class Block>
     static void fill_span(const Block* b, index parts, bf16* to) {
@@ -177,12 +220,13 @@ constexpr index matrix_unit_scratch(index n, index columns) {
     const weight_walk few = walk_for(1), walk = walk_for(n);
     const index block = weight_block::rows * std::min(columns, std::max(few.columns, walk.columns));
     const index panels = half_panels::count(std::min(n, matrix_unit_rows));
-    const index sums = (walk.blocks * panels + 1) * weight_block::rows * half_panels::rows;
-    return block * static_cast<index>(sizeof(bf16)) + sums * static_cast<index>(sizeof(float)) + 3 * arena::alignment;
+    const index sums = walk.blocks * panels * weight_block::rows * half_panels::rows;
+    return block * static_cast<index>(sizeof(bf16)) + sums * static_cast<index>(sizeof(float)) + 2 * arena::alignment;
 }
 
-/// Sums of a block of weight rows and `Panels` panels: per panel two tiles, (16 weight rows, 16 activation rows) each.
-template <int Panels>
+/// Sums of a block of weight rows and `Panels` panels: per panel two tiles, (16 weight rows, 16 activation rows) each,
+/// or (16 activation rows, 16 weight rows) if the weights are right operands.
+template <int Panels, bool Right>
 void multiply_block(const bf16* weights, const bf16* x, index next_panel, index parts, bool begin, float* sums) {
     constexpr index tile = 256, row_bytes = 64;
     if (begin) {
@@ -205,12 +249,21 @@ void multiply_block(const bf16* weights, const bf16* x, index next_panel, index 
         _tile_loadd(4, w, row_bytes);
         _tile_loadd(5, w + amx::tile_rows * part_columns, row_bytes);
         _tile_loadd(6, x + p * half_panels::part_size, row_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if constexpr (Panels == 2) {
-            _tile_loadd(7, x + next_panel + p * half_panels::part_size, row_bytes);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
+        if constexpr (Panels == 2) _tile_loadd(7, x + next_panel + p * half_panels::part_size, row_bytes);
+        if constexpr (Right) {
+            _tile_dpbf16ps(0, 6, 4);
+            _tile_dpbf16ps(1, 6, 5);
+            if constexpr (Panels == 2) {
+                _tile_dpbf16ps(2, 7, 4);
+                _tile_dpbf16ps(3, 7, 5);
+            }
+        } else {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            if constexpr (Panels == 2) {
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
         }
     }
     _tile_stored(0, sums, row_bytes);
@@ -221,55 +274,98 @@ void multiply_block(const bf16* weights, const bf16* x, index next_panel, index 
     }
 }
 
-/// A block of weights times `n` panels, the first at x: adds to the sums of each, (n, 32 weight rows, 16).
-inline void multiply_block(const weight_block& weights, const bf16* x, index next_panel, index n, index parts,
-                           bool begin, float* sums) {
+/// A block of weights times `n` panels, the first at x: adds to the sums of each, (n, two tiles).
+template <bool Right>
+void multiply_block(const weight_block& weights, const bf16* x, index next_panel, index n, index parts, bool begin,
+                    float* sums) {
     constexpr index size = weight_block::rows * half_panels::rows;
     amx::finish_stores();
     index p = 0;
     for (; p + 2 <= n; p += 2, x += 2 * next_panel, sums += 2 * size) {
-        multiply_block<2>(weights.value, x, next_panel, parts, begin, sums);
+        multiply_block<2, Right>(weights.value, x, next_panel, parts, begin, sums);
     }
-    if (p < n) multiply_block<1>(weights.value, x, next_panel, parts, begin, sums);
+    if (p < n) multiply_block<1, Right>(weights.value, x, next_panel, parts, begin, sums);
     amx::finish_stores();
 }
 
-/// Rows [first, last) of a matrix times `count` activation rows: calls emit(n, o, values, number of values).
-template <class Block, class Emit>
-void multiply_halves(const Block* w, index columns, index first, index last, const half_panels& x, index count,
-                     arena& scratch, Emit&& emit) {
-    constexpr index rows = weight_block::rows, tile = amx::tile_rows * half_panels::rows;
+/// Rows [first, last) of a matrix as they lie in a file, block after block.
+template <class Block>
+struct blocks_of_rows {
+    static constexpr bool right = false;
+
+    const Block* w;
+    index stride, first, last;  // stride: blocks of a row
+    bool far_apart;
+
+    [[nodiscard]] index count() const { return (last - first + weight_block::rows - 1) / weight_block::rows; }
+
+    void fill(const weight_block& block, index k, index column, index n) const {
+        block.fill(w + column / Block::elements, stride, block_rows::at(k, first, last, far_apart), n);
+    }
+
+    /// Calls emit(t, o, values, number of values) for activation rows t below n, whose sums with block k are two tiles.
+    template <class Emit>
+    void hand_out(index k, index n, const float* sums, Emit&& emit) const {
+        constexpr index rows = weight_block::rows, tile = amx::tile_rows * half_panels::rows;
+        const block_rows from = block_rows::at(k, first, last, far_apart);
+        const index run = far_apart ? block_rows::run : rows;
+        alignas(64) float turned[half_panels::rows][rows];
+        amx::transpose(sums, half_panels::rows, turned[0], rows);
+        amx::transpose(sums + tile, half_panels::rows, turned[0] + amx::tile_rows, rows);
+        for (index t = 0; t < n; ++t) {
+            for (index r = 0; r < from.count; r += run) {
+                emit(t, from.row(r), turned[t] + r, std::min(run, from.count - r));
+            }
+        }
+    }
+};
+
+/// Rows [first, last) of an interleaved matrix, tile after tile.
+template <class Block>
+struct blocks_of_tiles {
+    static constexpr bool right = true;
+    static_assert(weight_block::rows == tile_lanes::rows);
+
+    const std::byte* w;
+    index tile_bytes, first, last;
+
+    [[nodiscard]] index count() const { return (last - first) / weight_block::rows; }
+
+    void fill(const weight_block& block, index k, index column, index n) const {
+        const std::byte* const tile = w + (first / weight_block::rows + k) * tile_bytes;
+        block.fill(tile_reader<Block>(tile + tile_layout<Block>::offset(column / part_columns)), n);
+    }
+
+    template <class Emit>
+    void hand_out(index k, index n, const float* sums, Emit&& emit) const {
+        constexpr index tile = half_panels::rows * amx::tile_rows;
+        const index o = first + k * weight_block::rows;
+        for (index t = 0; t < n; ++t) {
+            emit(t, o, sums + t * amx::tile_rows, amx::tile_rows);
+            emit(t, o + amx::tile_rows, sums + tile + t * amx::tile_rows, amx::tile_rows);
+        }
+    }
+};
+
+/// Blocks of weights times `count` activation rows: calls emit(n, o, values, number of values).
+template <class Blocks, class Emit>
+void multiply_halves(const Blocks& weights, index columns, const half_panels& x, index count, arena& scratch,
+                     Emit&& emit) {
     const weight_walk walk = walk_for(count);
-    const bool far_apart = walk.blocks == 1;
-    const index stride = columns / Block::elements, blocks = (last - first + rows - 1) / rows;
-    const index next_panel = x.parts * half_panels::part_size;
+    const index blocks = weights.count(), next_panel = x.parts * half_panels::part_size;
     const arena::scope scope(scratch);
-    const weight_block block{scratch.take<bf16>(rows * std::min(columns, walk.columns)).data};
+    const weight_block block{scratch.take<bf16>(weight_block::rows * std::min(columns, walk.columns)).data};
     const auto sums = scratch.take<float>(walk.blocks, half_panels::count(std::min(count, matrix_unit_rows)),
-                                          rows * half_panels::rows);
-    const auto turned = scratch.take<float>(half_panels::rows, rows);
+                                          weight_block::rows * half_panels::rows);
     const amx::session session;
-    const auto block_at = [&](index k) { return block_rows::at(k, first, last, far_apart); };
     const auto multiply = [&](index group, index n, index panels) {
         for (index c = 0; c < columns; c += walk.columns) {
             const index width = std::min(walk.columns, columns - c);
             const bf16* const values = x.panel(n / half_panels::rows) + c / part_columns * half_panels::part_size;
             for (index k = group; k < std::min(blocks, group + walk.blocks); ++k) {
-                block.fill(w + c / Block::elements, stride, block_at(k), width);
-                multiply_block(block, values, next_panel, panels, width / part_columns, c == 0, sums[k - group].data);
-            }
-        }
-    };
-    const auto hand_out = [&](const block_rows& from, index n, index some, const float* values) {
-        const index run = far_apart ? block_rows::run : rows;
-        for (index i = 0; i < some; i += half_panels::rows, values += 2 * tile) {
-            amx::transpose(values, half_panels::rows, turned.data, rows);
-            amx::transpose(values + tile, half_panels::rows, turned.data + amx::tile_rows, rows);
-            const index panel = std::min<index>(half_panels::rows, some - i);
-            for (index t = 0; t < panel; ++t) {
-                for (index r = 0; r < from.count; r += run) {
-                    emit(n + i + t, from.row(r), turned[t].data + r, std::min(run, from.count - r));
-                }
+                weights.fill(block, k, c, width);
+                multiply_block<Blocks::right>(block, values, next_panel, panels, width / part_columns, c == 0,
+                                              sums[k - group].data);
             }
         }
     };
@@ -278,7 +374,13 @@ void multiply_halves(const Block* w, index columns, index first, index last, con
         for (index group = 0; group < blocks; group += walk.blocks) {
             multiply(group, n, half_panels::count(some));
             for (index k = group; k < std::min(blocks, group + walk.blocks); ++k) {
-                hand_out(block_at(k), n, some, sums[k - group].data);
+                for (index i = 0; i < some; i += half_panels::rows) {
+                    weights.hand_out(k, std::min<index>(half_panels::rows, some - i),
+                                     sums[k - group][i / half_panels::rows].data,
+                                     [&](index t, index o, const float* values, index n_values) {
+                                         emit(n + i + t, o, values, n_values);
+                                     });
+                }
             }
         }
     }
