@@ -19,6 +19,8 @@ def read(paths):
                 if not rate:
                     continue
                 label = f"{engine}, {row['model']}, {row['threads']} threads"
+                if engine == "keel" and row.get("weights") == "interleaved":
+                    label += ", interleaved"
                 if row["test"] == "decode":
                     charts["decode over depth"].setdefault(label, []).append((depth, float(rate)))
                 else:

@@ -30,6 +30,7 @@ def run(command):
 def keel(a):
     command = [a.keel, "-m", a.model, "-p", a.prompts, "-n", str(a.tokens), "-d", a.depths, "-r", "1", "-o", "json"]
     command += ["-t", str(a.threads), "--backend", a.backend, "--precision", a.precision]
+    command += ["--interleave"] if a.interleave else []
     record = run(command)
     return {(r["test"], r["tokens"], r["depth"]): r for r in record["results"]}, record
 
@@ -67,6 +68,7 @@ def main():
     p.add_argument("-r", "--rounds", type=int, default=5, help="how often each of the two runs")
     p.add_argument("--backend", default="cpu")
     p.add_argument("--precision", default="fast")
+    p.add_argument("--interleave", action="store_true", help="keel interleaves its weights at loading")
     p.add_argument("--peer-options", default="", help="more options for llama-bench")
     p.add_argument("--results", default=str(ROOT / "bench/results"), help="folder of the machines' folders")
     p.add_argument("--machine", help="name of the folder for the results (default: from the processor)")
@@ -85,13 +87,14 @@ def main():
             ours.setdefault(test, []).extend(r["samples"])
             shares.setdefault(test, []).append(r["share_of_reading"])
 
-    rows = []
+    rows, weights = [], "interleaved" if a.interleave else "mapped"
     for test in sorted(ours, key=lambda t: (t[0], t[2], t[1])):
         mine, other = statistics.median(ours[test]), statistics.median(theirs[test])
         share = None if None in shares[test] else statistics.median(shares[test])
         rows.append({"date": time.strftime("%Y-%m-%d"), "commit": commit(), "processor": about["processor"],
                      "instruction_set": about["instruction_set"], "threads": about["threads"], "backend": a.backend,
-                     "precision": a.precision, "read_gb_s": round(about["read_gb_s"], 1), "model": about["model"],
+                     "precision": a.precision, "weights": weights,
+                     "read_gb_s": round(about["read_gb_s"], 1), "model": about["model"],
                      "test": test[0], "tokens": test[1], "depth": test[2], "keel_tok_s": round(mine, 2),
                      "keel_least": round(min(ours[test]), 2), "keel_most": round(max(ours[test]), 2),
                      "peer_tok_s": round(other, 2), "peer_least": round(min(theirs[test]), 2),
@@ -100,7 +103,7 @@ def main():
                      "load": round(statistics.mean(load), 1), "note": a.note})
 
     print(f"\n{about['model']}, {about['processor']}, {about['threads']} threads, keel {about['instruction_set']} "
-          f"{a.precision}, medians of {a.rounds}, load {statistics.mean(load):.1f}\n")
+          f"{a.precision}, weights {weights}, medians of {a.rounds}, load {statistics.mean(load):.1f}\n")
     print("| test | depth | keel tok/s | llama.cpp tok/s | ratio | of reading limit |\n|---|---:|---:|---:|---:|---:|")
     for r in rows:
         share = f"{100 * r['share_of_reading']:.0f} %" if r["share_of_reading"] != "" else ""
@@ -112,10 +115,12 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / (pathlib.Path(a.model).stem + ".csv")
     if target.exists():  # what was not measured this time stays
-        measured = {(r["test"], str(r["tokens"]), str(r["depth"]), r["backend"], r["precision"]) for r in rows}
+        def what(r):
+            return (r["test"], str(r["tokens"]), str(r["depth"]), r["backend"], r["precision"], r["weights"])
+
+        measured = {what(r) for r in rows}
         with open(target, newline="", encoding="utf-8") as file:
-            rows += [r for r in csv.DictReader(file)
-                     if (r["test"], r["tokens"], r["depth"], r["backend"], r["precision"]) not in measured]
+            rows += [r for r in csv.DictReader(file) if what(r) not in measured]
     with open(target, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
