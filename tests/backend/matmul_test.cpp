@@ -77,7 +77,8 @@ TEST_CASE("fast products are off by no more than the rounding of their activatio
                 const array expected = product(plain, w, x, n);
                 const array y = product(fast, w, x, n);
                 const bool quantised = info(type).block_elements > 1;
-                const bool halves = n > (type == dtype::q8_0 ? 8 : 4) && rounds_to_halves() && type != dtype::f32;
+                const bool halves =
+                    n > (type == dtype::q8_0 ? 8 : 4) && rounds_to_halves() && (quantised || type == dtype::bf16);
                 if (!quantised && !halves) {
                     CHECK(relative_error(y, expected) < 1e-6);
                     continue;

@@ -147,7 +147,7 @@ void multiply_rows(precision wanted, const weight_rows& w, row_range range, cons
             for (index o = range.first + 4 * groups; o < last; ++o) f.template operator()<1>(o, index{1});
         };
 #if defined(KEEL_AMX)
-        if constexpr (Block::type != dtype::f32) {
+        if constexpr (Block::type != dtype::f32 && Block::type != dtype::f16) {
             if (as == operand::halves) {
                 const bool far_apart = walk_for(in.count).blocks == 1;
                 const blocks_of_rows<Block> all{blocks, stride, range.first, last, far_apart};

@@ -186,15 +186,7 @@ private:
     static void fill_span(const Block* b, index parts, bf16* to) {
         if constexpr (is_float_block<Block>) {
             for (; parts > 0; --parts, b += part_columns, to += next_part) {
-                const __m512i values = _mm512_loadu_si512(b);
-                if constexpr (Block::type == dtype::f16) {
-                    const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(values));
-                    const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(values, 1));
-                    _mm512_storeu_si512(to, amx::halves_of(low, high));
-                } else {
-                    static_assert(Block::type == dtype::bf16);
-                    _mm512_storeu_si512(to, values);
-                }
+                _mm512_storeu_si512(to, _mm512_loadu_si512(b));
             }
         } else {
             alignas(64) float scale[16], min[16];

@@ -28,7 +28,7 @@ inline operand operand_of(precision wanted, const weight_rows& w, [[maybe_unused
     const bool quantised = info(w.type).block_elements > 1;
 #if defined(KEEL_AMX)
     if (w.interleaved) return count > byte_panels::rows && amx::permitted() ? operand::halves : operand::bytes;
-    const bool fits = w.columns % part_columns == 0 && w.type != dtype::f32;
+    const bool fits = w.columns % part_columns == 0 && (quantised || w.type == dtype::bf16);
     const bool fine = quantised && info(w.type).block_bytes >= info(w.type).block_elements;  // see takes_rests
     if (count > (fine ? rows_with_rests : few_rows) && fits && amx::permitted()) return operand::halves;
 #endif
