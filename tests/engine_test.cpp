@@ -241,6 +241,8 @@ TEST_CASE("a limit of memory is kept, and the message says what would fit") {
     refused(plan.total() - plan.cache - plan.tokens, "a context of 1024 tokens without checkpoints would fit");
     refused(1000, "no context would fit");
     CHECK(open(plan.total() - 1).start({.context = 768, .checkpoint_bytes = 8 * state}).context() == 768);
+    throws(errc::argument, "batch_rows", [&] { (void)keel::engine::plan(engine.file(), {.batch_rows = 0}); });
+    throws(errc::argument, "batch_rows", [&] { (void)keel::engine::open(tiny, {.batch_rows = 0}); });
 }
 
 namespace {

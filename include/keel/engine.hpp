@@ -116,7 +116,6 @@ public:
     /// The same for a file that is open already.
     explicit basic_engine(gguf file, const engine_options& options = {})
         : file_(std::move(file)), memory_(options.memory) {
-        if (options.batch_rows < 1) throw error(errc::argument, "batch_rows", "must be at least 1");
         const backend_options chosen = backend_part(options);
         config shape = read_config(file_);
         tokenizer text = read_tokenizer(file_);
@@ -206,6 +205,7 @@ public:
 
 private:
     static backend_options backend_part(const engine_options& options) {
+        if (options.batch_rows < 1) throw error(errc::argument, "batch_rows", "must be at least 1");
         return {options.precision, options.threads, options.device, options.interleave};
     }
 

@@ -5,9 +5,9 @@
 //
 //   tile   spans of 256 columns, each: d and dmin of the rows (f16, the types with blocks of 256), then its parts
 //   part   32 columns: scales (a byte per group and row, or one f16 per row), minimums (a byte per row), then codes
-//   codes  in steps of four columns of all rows, (rows, 4): of 4 bits two steps in one byte; of 5 the same, and then
-//   the
-//          upper bits of all steps in one; of 6 three steps, and a fourth in their two upper bits; of 8 as they are
+//   codes  in steps of four columns of all rows, (rows, 4): of 4 bits two steps in one byte; of 5 the same, and the
+//          upper bits of all steps behind them in one; of 6 three steps, and a fourth in their two upper bits; of 8 as
+//          they are
 //
 // They take as much memory as in the file, but for Q4_K and Q5_K, whose scales and minimums of 6 bits become bytes.
 #pragma once

@@ -76,6 +76,21 @@ void multiply_few(const Block* w, index stride, index columns, const activations
     if (n < in.count) take.template operator()<1>();
 }
 
+/// Calls f.operator()<Rests>(x, n, count) for each panel x of activations in bytes: rows n to n + count - 1, with their
+/// rests or not.
+template <class Block, class F>
+void for_panels(const activations& in, F&& f) {
+    for (index n = 0; n < in.count; n += byte_panels::rows) {
+        const byte_panels x = in.panels.from(n / byte_panels::rows);
+        const int count = static_cast<int>(std::min<index>(byte_panels::rows, in.count - n));
+        if (takes_rests<Block> && in.count <= rows_with_rests) {
+            f.template operator()<takes_rests<Block>>(x, n, count);
+        } else {
+            f.template operator()<false>(x, n, count);
+        }
+    }
+}
+
 /// multiply_rows for an interleaved matrix; the range consists of whole tiles.
 template <class Block, class Emit>
 void multiply_tiles(const weight_rows& w, row_range range, const activations& in, [[maybe_unused]] arena& scratch,
@@ -98,30 +113,26 @@ void multiply_tiles(const weight_rows& w, row_range range, const activations& in
             for (int t = 0; t < count; ++t) emit(n + t, first + k * apart, sums[k][t], rows);
         }
     };
-    const auto multiply_all_rows = [&]<int Tiles>(index first, index apart) {
-        if (in.few()) {
-            index row[few_rows];
-            for (index n = 0; n < in.count; ++n) row[n] = in.row(n);
-            const chosen_rows<Block> x(in.rows, row, in.count);
-            return multiply.template operator()<Tiles, takes_rests<Block>>(first, apart, x, 0,
-                                                                           static_cast<int>(in.count));
-        }
-        for (index n = 0; n < in.count; n += byte_panels::rows) {
-            const byte_panels x = in.panels.from(n / byte_panels::rows);
-            const int count = static_cast<int>(std::min<index>(byte_panels::rows, in.count - n));
-            if (takes_rests<Block> && in.count <= rows_with_rests) {
-                multiply.template operator()<Tiles, takes_rests<Block>>(first, apart, x, n, count);
-            } else {
-                multiply.template operator()<Tiles, false>(first, apart, x, n, count);
-            }
+    const auto for_tiles = [&](auto&& f) {
+        const index pairs = range.count / rows / 2;
+        for (index k = 0; k < pairs; ++k) f.template operator()<2>(range.first + k * rows, pairs * rows);
+        for (index o = 2 * pairs * rows; o < range.count; o += rows) {
+            f.template operator()<1>(range.first + o, index{0});
         }
     };
-    const index pairs = range.count / rows / 2;
-    for (index k = 0; k < pairs; ++k) {
-        multiply_all_rows.template operator()<2>(range.first + k * rows, pairs * rows);
-    }
-    for (index o = 2 * pairs * rows; o < range.count; o += rows) {
-        multiply_all_rows.template operator()<1>(range.first + o, index{0});
+    if (in.few()) {
+        index row[few_rows];
+        for (index n = 0; n < in.count; ++n) row[n] = in.row(n);
+        const chosen_rows<Block> x(in.rows, row, in.count);
+        for_tiles([&]<int Tiles>(index first, index apart) {
+            multiply.template operator()<Tiles, takes_rests<Block>>(first, apart, x, 0, static_cast<int>(in.count));
+        });
+    } else {
+        for_tiles([&]<int Tiles>(index first, index apart) {
+            for_panels<Block>(in, [&]<bool Rests>(const byte_panels& x, index n, int count) {
+                multiply.template operator()<Tiles, Rests>(first, apart, x, n, count);
+            });
+        });
     }
 }
 
@@ -182,16 +193,10 @@ void multiply_rows(precision wanted, const weight_rows& w, row_range range, cons
             for (index o = range.first; o < last; o += tile_lanes::rows) {
                 const int rows = static_cast<int>(std::min<index>(tile_lanes::rows, last - o));
                 tile.unpack(blocks + o * stride, stride, rows, w.columns);
-                for (index p = 0; p < byte_panels::count(in.count); ++p) {
-                    const int count =
-                        static_cast<int>(std::min<index>(byte_panels::rows, in.count - p * byte_panels::rows));
-                    if (takes_rests<Block> && in.count <= rows_with_rests) {
-                        multiply_panel<Block, takes_rests<Block>>(tile, in.panels.from(p), count, sums);
-                    } else {
-                        multiply_panel<Block, false>(tile, in.panels.from(p), count, sums);
-                    }
-                    for (int t = 0; t < count; ++t) emit(p * byte_panels::rows + t, o, sums[t], rows);
-                }
+                for_panels<Block>(in, [&]<bool Rests>(const byte_panels& x, index n, int count) {
+                    multiply_panel<Block, Rests>(tile, x, count, sums);
+                    for (int t = 0; t < count; ++t) emit(n + t, o, sums[t], rows);
+                });
             }
         }
     });
