@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include <keel/backend/batch.hpp>
 #include <keel/backend/concept.hpp>
 #include <keel/backend/cpu/attention.hpp>
 #include <keel/backend/cpu/convolution.hpp>
@@ -18,8 +20,10 @@
 #include <keel/backend/cpu/experts.hpp>
 #include <keel/backend/cpu/interleaved.hpp>
 #include <keel/backend/cpu/kda.hpp>
+#include <keel/backend/cpu/kda_mix.hpp>
 #include <keel/backend/cpu/matmul.hpp>
 #include <keel/backend/cpu/threads.hpp>
+#include <keel/backend/fused.hpp>
 #include <keel/backend/host_memory.hpp>
 #include <keel/core/compiler.hpp>
 #include <keel/core/quant.hpp>
@@ -55,6 +59,7 @@ public:
             route_scratch_bytes(limits, threads),
             short_conv_scratch_bytes(limits, threads),
             kda_scratch_bytes(limits.head_dim, threads),
+            kda_mix_scratch_bytes(limits, threads),
             latent_attend_scratch_bytes(limits, threads),
             expanded_attend_scratch_bytes(limits, threads),
         });
@@ -96,6 +101,11 @@ public:
     void kda_step(const kda_args& a) { keel::kda_step(a, pool(), workspace()); }
     void kda_chunk(const kda_args& a) { keel::kda_chunk(a, pool(), workspace()); }
     void gated_norm(const gated_norm_args& a) { keel::gated_norm(a, pool()); }
+    /// Whether kda_mix is for such a batch: with fewer heads than threads, a head's columns are shared out instead.
+    [[nodiscard]] bool mixes(const batch& rows) const {
+        return rows.layout->heads * std::ssize(rows.segments) >= pool().size();
+    }
+    void kda_mix(const kda_mix_args<matrix>& a) { keel::kda_mix(a, prefill_from(), wanted(), pool(), workspace()); }
     void latent_append(const latent_append_args& a) { keel::latent_append(a, pool()); }
     void latent_attend(const latent_attend_args& a) { keel::latent_attend(a, pool(), workspace()); }
     void expanded_attend(const expanded_attend_args<matrix>& a) { keel::expanded_attend(a, pool(), workspace()); }

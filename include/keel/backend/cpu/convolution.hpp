@@ -24,29 +24,40 @@ inline constexpr index max_kernel = 64;
 /// Channels whose taps are brought into order together.
 inline constexpr index conv_channels = 256;
 
-/// x, history and weights of n <= conv_channels channels. `tap` has room for (K, conv_channels); Kernel is K, or 0 if
-/// it is not known when this is compiled.
+/// The weights (n, K) of n channels in the order in which convolve() reads them, (K, n).
 template <index Kernel>
-void convolve(view<float, 2> x, view<float, 2> history, view<const float, 2> weights, float* tap) {
-    constexpr index most = Kernel > 0 ? Kernel : max_kernel;
+void order_taps(view<const float, 2> weights, view<float, 2> taps) {
     const index kernel = Kernel > 0 ? Kernel : weights.extent[1];
-    const index n = x.extent[1];
-    for (index c = 0; c < n; ++c) {
-        for (index j = 0; j < kernel; ++j) tap[j * conv_channels + c] = weights.data[c * kernel + j];
+    for (index c = 0; c < weights.extent[0]; ++c) {
+        for (index j = 0; j < kernel; ++j) taps(j, c) = weights.data[c * kernel + j];
     }
-    for_lanes(n, [&](index c, auto load, auto store) {
-        floats weight[most], window[most];  // of inputs, the oldest first
-        for (index j = 0; j < kernel; ++j) weight[j] = load(tap + j * conv_channels + c);
+}
+
+/// y, which may be x, of n channels from x, taps (K, n) and a history that moves on with x. Kernel is K, or 0 if it is
+/// not known when this is compiled.
+template <index Kernel>
+void convolve(view<const float, 2> x, view<float, 2> history, view<const float, 2> taps, view<float, 2> y) {
+    constexpr index most = Kernel > 0 ? Kernel : max_kernel;
+    const index kernel = Kernel > 0 ? Kernel : taps.extent[0];
+    for_lanes(x.extent[1], [&](index c, auto load, auto store) {
+        floats tap[most], window[most];  // of inputs, the oldest first
+        for (index j = 0; j < kernel; ++j) tap[j] = load(&taps(j, c));
         for (index j = 0; j + 1 < kernel; ++j) window[j] = load(&history(j, c));
         for (index t = 0; t < x.extent[0]; ++t) {
             window[kernel - 1] = load(&x(t, c));
-            floats y(0.0f);
-            for (index j = 0; j < kernel; ++j) y = fma(weight[j], window[j], y);
+            floats sum(0.0f);
+            for (index j = 0; j < kernel; ++j) sum = fma(tap[j], window[j], sum);
             for (index j = 0; j + 1 < kernel; ++j) window[j] = window[j + 1];
-            store(&x(t, c), silu(y));
+            store(&y(t, c), silu(sum));
         }
         for (index j = 0; j + 1 < kernel; ++j) store(&history(j, c), window[j]);
     });
+}
+
+/// f.operator()<Kernel>(), see convolve().
+template <class F>
+void visit_kernel(index kernel, F&& f) {
+    kernel == 4 ? f.template operator()<4>() : f.template operator()<0>();
 }
 
 }  // namespace simd
@@ -66,12 +77,15 @@ inline void short_conv(const short_conv_args& a, thread_pool& pool, arena& works
         const auto [first, count] = share_of(channels, thread, threads, simd::conv_channels);
         for (index c = first; c < first + count; c += simd::conv_channels) {
             const index n = std::min(simd::conv_channels, first + count - c);
-            for (const segment& s : a.segments) {
-                const auto x = a.x.rows(s.first_row, s.rows).columns(c, n);
-                const auto history = a.layout.history(s.recurrent, a.layer)[a.which].columns(c, n);
-                const auto convolve = kernel == 4 ? simd::convolve<4> : simd::convolve<0>;
-                convolve(x, history, a.taps.rows(c, n), scratch[thread].data);
-            }
+            const view<float, 2> taps(scratch[thread].data, kernel, n);
+            simd::visit_kernel(kernel, [&]<index Kernel>() {
+                simd::order_taps<Kernel>(a.taps.rows(c, n), taps);
+                for (const segment& s : a.segments) {
+                    const auto x = a.x.rows(s.first_row, s.rows).columns(c, n);
+                    const auto history = a.layout.history(s.recurrent, a.layer)[a.which].columns(c, n);
+                    simd::convolve<Kernel>(x, history, taps, x);
+                }
+            });
         }
     };
     if (a.x.size() < 8192) {

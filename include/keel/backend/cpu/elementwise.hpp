@@ -43,6 +43,30 @@ inline void rms_norm_row(const float* x, const float* weight, float epsilon, ind
     for_lanes(n, [&](index i, auto load, auto store) { store(out + i, load(x + i) * inverse * load(weight + i)); });
 }
 
+inline void l2_norm_row(float* x, float epsilon, index n) {
+    const floats inverse(1.0f / std::max(std::sqrt(dot(x, x, n)), epsilon));
+    for_lanes(n, [&](index i, auto load, auto store) { store(x + i, load(x + i) * inverse); });
+}
+
+inline void sigmoid_row(float* x, index n) {
+    for_lanes(n, [&](index i, auto load, auto store) { store(x + i, sigmoid(load(x + i))); });
+}
+
+/// a softplus(f + bias); `out` may be f.
+inline void log_decay_row(const float* f, const float* bias, float a, index n, float* out) {
+    const floats rate(a);
+    for_lanes(n,
+              [&](index i, auto load, auto store) { store(out + i, rate * softplus(load(f + i) + load(bias + i))); });
+}
+
+/// `out` may be x or the gate.
+inline void gated_norm_row(const float* x, const float* weight, const float* gate, float epsilon, index n, float* out) {
+    const floats inverse(inverse_rms(x, n, epsilon));
+    for_lanes(n, [&](index i, auto load, auto store) {
+        store(out + i, load(x + i) * inverse * load(weight + i) * sigmoid(load(gate + i)));
+    });
+}
+
 }  // namespace simd
 
 inline void rms_norm(const rms_norm_args& a, thread_pool& pool) {
@@ -54,51 +78,35 @@ inline void rms_norm(const rms_norm_args& a, thread_pool& pool) {
 }
 
 inline void l2_norm(const l2_norm_args& a, thread_pool& pool) {
-    using namespace simd;
     const index heads = a.x.extent[1];
     const index dim = a.x.extent[2];
-    split(pool, a.x.extent[0] * heads, dim, [&](index first, index count) {
+    simd::split(pool, a.x.extent[0] * heads, dim, [&](index first, index count) {
         for (index item = first; item < first + count; ++item) {
-            float* const x = a.x[item / heads][item % heads].data;
-            const floats inverse(1.0f / std::max(std::sqrt(dot(x, x, dim)), a.epsilon));
-            for_lanes(dim, [&](index i, auto load, auto store) { store(x + i, load(x + i) * inverse); });
+            simd::l2_norm_row(a.x[item / heads][item % heads].data, a.epsilon, dim);
         }
     });
 }
 
 inline void kda_gates(const kda_gates_args& a, thread_pool& pool) {
-    using namespace simd;
     const index heads = a.log_decay.extent[1];
     const index dim = a.log_decay.extent[2];
-    for (index r = 0; r < a.beta.extent[0]; ++r) {
-        float* const beta = a.beta[r].data;
-        for_lanes(heads, [&](index h, auto load, auto store) { store(beta + h, sigmoid(load(beta + h))); });
-    }
-    split(pool, a.log_decay.extent[0] * heads, 8 * dim, [&](index first, index count) {
+    for (index r = 0; r < a.beta.extent[0]; ++r) simd::sigmoid_row(a.beta[r].data, heads);
+    simd::split(pool, a.log_decay.extent[0] * heads, 8 * dim, [&](index first, index count) {
         for (index item = first; item < first + count; ++item) {
             const index h = item % heads;
             float* const g = a.log_decay[item / heads][h].data;
-            const float* const bias = a.dt_bias.data + h * dim;
-            const floats rate(a.a[h]);
-            for_lanes(dim, [&](index i, auto load, auto store) {
-                store(g + i, rate * softplus(load(g + i) + load(bias + i)));
-            });
+            simd::log_decay_row(g, a.dt_bias.data + h * dim, a.a[h], dim, g);
         }
     });
 }
 
 inline void gated_norm(const gated_norm_args& a, thread_pool& pool) {
-    using namespace simd;
     const index heads = a.x.extent[1];
     const index dim = a.x.extent[2];
-    split(pool, a.x.extent[0] * heads, 4 * dim, [&](index first, index count) {
+    simd::split(pool, a.x.extent[0] * heads, 4 * dim, [&](index first, index count) {
         for (index item = first; item < first + count; ++item) {
             float* const x = a.x[item / heads][item % heads].data;
-            const float* const gate = a.gate[item / heads][item % heads].data;
-            const floats inverse(inverse_rms(x, dim, a.epsilon));
-            for_lanes(dim, [&](index i, auto load, auto store) {
-                store(x + i, load(x + i) * inverse * load(a.weight.data + i) * sigmoid(load(gate + i)));
-            });
+            simd::gated_norm_row(x, a.weight.data, a.gate[item / heads][item % heads].data, a.epsilon, dim, x);
         }
     });
 }

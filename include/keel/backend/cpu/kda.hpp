@@ -8,10 +8,10 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <span>
 
 #include <keel/backend/batch.hpp>
 #include <keel/backend/concept.hpp>
-#include <keel/backend/cpu/intrinsics.hpp>
 #include <keel/backend/cpu/simd.hpp>
 #include <keel/backend/cpu/threads.hpp>
 #include <keel/backend/cpu/tile.hpp>
@@ -22,25 +22,6 @@
 namespace keel::inline KEEL_ABI {
 
 namespace simd {
-
-/// While it lives, this thread's arithmetic takes denormal numbers for zero: what a strong decay leaves behind would
-/// otherwise cost a hundred cycles each time it is touched.
-class flush_denormals {
-public:
-#if defined(__SSE__)
-    flush_denormals() { _mm_setcsr(saved_ | 0x8040u); }  // flush to zero, denormals are zero
-    ~flush_denormals() { _mm_setcsr(saved_); }
-#else
-    flush_denormals() = default;
-#endif
-    flush_denormals(const flush_denormals&) = delete;
-    flush_denormals& operator=(const flush_denormals&) = delete;
-
-#if defined(__SSE__)
-private:
-    unsigned saved_ = _mm_getcsr();
-#endif
-};
 
 /// Tokens that are worked on together.
 inline constexpr index kda_tokens = 16;
@@ -86,65 +67,56 @@ struct kda_scratch {
     float* state;              // slabs
 };
 
-/// One head of some tokens of one segment: the rows [first, first + tokens) of the batch and the state's columns
-/// [column, column + columns).
+/// One head of some tokens of one segment, and some columns of its state.
 struct kda_part {
-    const kda_args& args;
-    index head, first, tokens, column, columns;
+    view<const float, 2> q, k;       // (tokens, D)
+    view<const float, 2> v;          // (tokens, columns)
+    view<const float, 2> log_decay;  // (tokens, D)
+    view<const float, 2> beta;       // (tokens, 1)
+    view<float, 2> out;              // (tokens, columns)
 
-    [[nodiscard]] const float* q(index t) const { return args.q[first + t][head].data; }
-    [[nodiscard]] const float* k(index t) const { return args.k[first + t][head].data; }
-    [[nodiscard]] const float* v(index t) const { return args.v[first + t][head].data + column; }
-    [[nodiscard]] const float* log_decay(index t) const { return args.log_decay[first + t][head].data; }
-    [[nodiscard]] float beta(index t) const { return args.beta(first + t, head); }
-    [[nodiscard]] float* out(index t) const { return args.out[first + t][head].data + column; }
+    [[nodiscard]] index tokens() const { return q.extent[0]; }
+    [[nodiscard]] index dim() const { return q.extent[1]; }
+    [[nodiscard]] index columns() const { return v.extent[1]; }
+
+    [[nodiscard]] kda_part rows(index first, index count) const {
+        return {q.rows(first, count),         k.rows(first, count),    v.rows(first, count),
+                log_decay.rows(first, count), beta.rows(first, count), out.rows(first, count)};
+    }
 };
 
-/// Calls f(part, state, scratch) for all tokens of the part, in order and kda_tokens at a time.
+/// Calls f(first, count, state) for all tokens of a segment, in order and kda_tokens at a time. `state` are some
+/// columns of a head's; `slabs` has room for them.
 template <class F>
-void for_tokens(const kda_part& all, float* state, const kda_scratch& scratch, F&& f) {
-    const index dim = all.args.layout.head_dim;
-    const bool pack = all.tokens > 8;
-    const kda_state in_place{state, dim, kda_columns};
-    const kda_state packed{scratch.state, kda_columns, dim * kda_columns};
+void for_tokens(index tokens, view<float, 2> state, float* slabs, F&& f) {
+    const index dim = state.extent[0], columns = state.extent[1];
+    const bool pack = tokens > 8;
+    const kda_state in_place{state.data, state.stride[0], kda_columns};
+    const kda_state packed{slabs, kda_columns, dim * kda_columns};
     const auto copy = [&](const kda_state& from, const kda_state& to) {
-        for (index c = 0; c < all.columns; c += kda_columns) {
-            const index n = std::min(kda_columns, all.columns - c);
+        for (index c = 0; c < columns; c += kda_columns) {
+            const index n = std::min(kda_columns, columns - c);
             for (index i = 0; i < dim; ++i) std::copy_n(from.slab(c) + i * from.stride, n, to.slab(c) + i * to.stride);
         }
     };
     if (pack) copy(in_place, packed);
-    for (index done = 0; done < all.tokens; done += kda_tokens) {
-        kda_part some = all;
-        some.first += done;
-        some.tokens = std::min(kda_tokens, all.tokens - done);
-        f(some, pack ? packed : in_place, scratch);
+    for (index done = 0; done < tokens; done += kda_tokens) {
+        f(done, std::min(kda_tokens, tokens - done), pack ? packed : in_place);
     }
     if (pack) copy(packed, in_place);
 }
 
-/// As for_tokens, for all heads and segments.
+/// Calls f(thread, segment, head, columns) on all threads, for all heads of all segments, the columns of whose states
+/// are cut into `parts`.
 template <class F>
-void for_heads(const kda_args& a, thread_pool& pool, arena& workspace, F&& f) {
-    const index dim = a.layout.head_dim;
-    const index segments = static_cast<index>(a.segments.size());
-    const index heads = a.layout.heads;
-    // Few heads: a head's columns are shared out too.
-    const index parts = std::clamp((pool.size() - 1) / std::max(heads * segments, index{1}) + 1, index{1},
-                                   std::max(dim / kda_columns, index{1}));
-    const arena::scope scope(workspace);
-    const auto memory = workspace.take<float>(pool.size(), kda_scratch::floats_per_thread(dim));
+void for_heads(const memory_layout& layout, std::span<const segment> segments, index parts, thread_pool& pool, F&& f) {
+    const index count = std::ssize(segments);
     pool.parallel([&](int thread, int threads) {
-        const flush_denormals flush;
-        const kda_scratch scratch(memory[thread].data, dim);
-        const auto [first, count] = share_of(heads * parts * segments, thread, threads);
-        for (index task = first; task < first + count; ++task) {
-            const segment& s = a.segments[static_cast<std::size_t>(task % segments)];
-            const index head = task / segments / parts;
-            const auto [column, columns] =
-                share_of(dim, static_cast<int>(task / segments % parts), static_cast<int>(parts), kda_columns);
-            float* const state = a.layout.state(s.recurrent, a.layer)[head].data + column;
-            for_tokens({a, head, s.first_row, s.rows, column, columns}, state, scratch, f);
+        const auto [first, tasks] = share_of(layout.heads * parts * count, thread, threads);
+        for (index task = first; task < first + tasks; ++task) {
+            const row_range columns =
+                share_of(layout.head_dim, static_cast<int>(task / count % parts), static_cast<int>(parts), kda_columns);
+            f(thread, segments[static_cast<std::size_t>(task % count)], task / count / parts, columns);
         }
     });
 }
@@ -199,29 +171,29 @@ void kda_step_columns(const kda_part& p, const kda_scratch& f, const float* key_
     const auto read_query = [&](index t) { return f.against[kda_tokens + t].data; };
     typename kda_pass<Vectors>::columns delta;
     auto reads = pass.template run<false, true>(nullptr, nullptr, delta, read_key(0), read_query(0), load, store);
-    for (index t = 0; t < p.tokens; ++t) {
+    for (index t = 0; t < p.tokens(); ++t) {
         unroll<Vectors>([&](auto v) {
-            delta.of[v] = floats(p.beta(t)) * (load(p.v(t) + j + v * lanes) - reads.key.of[v]);
-            store(p.out(t) + j + v * lanes, fma(floats(key_query[t]), delta.of[v], reads.query.of[v]));
+            delta.of[v] = floats(p.beta(t, 0)) * (load(&p.v(t, j + v * lanes)) - reads.key.of[v]);
+            store(&p.out(t, j + v * lanes), fma(floats(key_query[t]), delta.of[v], reads.query.of[v]));
         });
         const float* const decay = f.key[t].data;
-        if (t + 1 == p.tokens) {
-            pass.template run<true, false>(decay, p.k(t), delta, nullptr, nullptr, load, store);
+        if (t + 1 == p.tokens()) {
+            pass.template run<true, false>(decay, p.k[t].data, delta, nullptr, nullptr, load, store);
         } else {
-            reads =
-                pass.template run<true, true>(decay, p.k(t), delta, read_key(t + 1), read_query(t + 1), load, store);
+            reads = pass.template run<true, true>(decay, p.k[t].data, delta, read_key(t + 1), read_query(t + 1), load,
+                                                  store);
         }
     }
 }
 
 inline void kda_step_part(const kda_part& p, const kda_state& state, const kda_scratch& scratch) {
-    const index dim = p.args.layout.head_dim;
+    const index dim = p.dim();
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
     std::array<float, kda_tokens> key_query;
-    for (index t = 0; t < p.tokens; ++t) {
-        const float* const q = p.q(t);
-        const float* const k = p.k(t);
-        const float* const g = p.log_decay(t);
+    for (index t = 0; t < p.tokens(); ++t) {
+        const float* const q = p.q[t].data;
+        const float* const k = p.k[t].data;
+        const float* const g = p.log_decay[t].data;
         float* const decay = scratch.key[t].data;
         float* const key = scratch.against[t].data;
         float* const query = scratch.against[kda_tokens + t].data;
@@ -235,14 +207,14 @@ inline void kda_step_part(const kda_part& p, const kda_state& state, const kda_s
     }
     const auto load_all = [](const float* from) { return load(from); };
     const auto store_all = [](float* to, floats x) { store(to, x); };
-    for (index j = 0; j < p.columns; j += kda_columns) {
+    for (index j = 0; j < p.columns(); j += kda_columns) {
         float* const slab = state.slab(j);
-        if (j + kda_columns <= p.columns) {
+        if (j + kda_columns <= p.columns()) {
             const kda_pass<2> pass{slab, state.stride, dim};
             kda_step_columns(p, scratch, key_query.data(), pass, j, load_all, store_all);
             continue;
         }
-        for_lanes(p.columns - j, [&](index i, auto load, auto store) {
+        for_lanes(p.columns() - j, [&](index i, auto load, auto store) {
             const kda_pass<1> pass{slab + i, state.stride, dim};
             kda_step_columns(p, scratch, key_query.data(), pass, j + i, load, store);
         });
@@ -275,16 +247,16 @@ inline kda_pair decay_and_multiply(const float* decay, float* past, const float*
 /// and product are at that slab.
 template <int Vectors, class Load, class Store>
 void kda_solve(const kda_part& p, const kda_scratch& s, index slab, index j, Load load, Store store) {
-    for (index t = 0; t < p.tokens; ++t) {
+    for (index t = 0; t < p.tokens(); ++t) {
         floats rest[Vectors];
         unroll<Vectors>(
-            [&](auto v) { rest[v] = load(p.v(t) + slab + j + v * lanes) - load(&s.product(t, j + v * lanes)); });
+            [&](auto v) { rest[v] = load(&p.v(t, slab + j + v * lanes)) - load(&s.product(t, j + v * lanes)); });
         const float* const factor = s.key_key[t].data;
         for (index i = 0; i < t; ++i) {
             const floats a(-factor[i]);
             unroll<Vectors>([&](auto v) { rest[v] = fma(a, load(&s.update(i, j + v * lanes)), rest[v]); });
         }
-        const floats beta(p.beta(t));
+        const floats beta(p.beta(t, 0));
         unroll<Vectors>([&](auto v) { store(&s.update(t, j + v * lanes), beta * rest[v]); });
     }
 }
@@ -293,18 +265,18 @@ void kda_solve(const kda_part& p, const kda_scratch& s, index slab, index j, Loa
 /// e^{G_n}. No exponent but g itself is ever exponentiated: e^{G_t - G_i} is the product of the decays between i and t,
 /// each at most 1, which neither overflows nor cancels. The scale of the output goes with q.
 inline void kda_chunk_factors(const kda_part& p, const kda_scratch& s) {
-    const index dim = p.args.layout.head_dim;
+    const index dim = p.dim();
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
     float* const keep = s.keep.data;
     std::fill_n(keep, dim, 1.0f);
     std::fill_n(s.query_key.data, s.query_key.size(), 0.0f);
-    for (index t = 0; t < p.tokens; ++t) {
-        const float* const k = p.k(t);
-        const float* const q = p.q(t);
-        const float* const g = p.log_decay(t);
+    for (index t = 0; t < p.tokens(); ++t) {
+        const float* const k = p.k[t].data;
+        const float* const q = p.q[t].data;
+        const float* const g = p.log_decay[t].data;
         float* const decay = s.key[t].data;  // until k itself takes its place
         float* const key = s.against[t].data;
-        float* const query = s.against[p.tokens + t].data;
+        float* const query = s.against[p.tokens() + t].data;
         for_lanes(dim, [&](index i, auto load, auto store) {
             const floats d = exp(load(g + i));
             const floats all = d * load(keep + i);
@@ -325,11 +297,11 @@ inline void kda_chunk_factors(const kda_part& p, const kda_scratch& s) {
 
 /// The formulas of reference::kda_chunk.
 inline void kda_chunk_part(const kda_part& p, const kda_state& state, const kda_scratch& s) {
-    const index dim = p.args.layout.head_dim;
-    const index n = p.tokens;
+    const index dim = p.dim();
+    const index n = p.tokens();
     kda_chunk_factors(p, s);
-    for (index first = 0; first < p.columns; first += kda_columns) {
-        const index columns = std::min(kda_columns, p.columns - first);
+    for (index first = 0; first < p.columns(); first += kda_columns) {
+        const index columns = std::min(kda_columns, p.columns() - first);
         float* const slab = state.slab(first);
         multiply({.rows = 2 * n,
                   .columns = columns,
@@ -359,7 +331,7 @@ inline void kda_chunk_part(const kda_part& p, const kda_state& state, const kda_
                                          .c = s.product[n].data,
                                          .c_row = kda_columns};
         multiply_onto(among_tokens);
-        for (index t = 0; t < n; ++t) std::copy_n(s.product[n + t].data, columns, p.out(t) + first);
+        for (index t = 0; t < n; ++t) std::copy_n(s.product[n + t].data, columns, &p.out(t, first));
         multiply_into({.rows = dim,
                        .columns = columns,
                        .depth = n,
@@ -374,6 +346,29 @@ inline void kda_chunk_part(const kda_part& p, const kda_state& state, const kda_
     }
 }
 
+/// All heads of all segments, in one of the two forms.
+template <class Form>
+void kda_recur(const kda_args& a, thread_pool& pool, arena& workspace, Form&& form) {
+    const index dim = a.layout.head_dim;
+    const index tasks = std::max(a.layout.heads * std::ssize(a.segments), index{1});
+    // Few heads: a head's columns are shared out too.
+    const index parts = std::clamp((pool.size() - 1) / tasks + 1, index{1}, std::max(dim / kda_columns, index{1}));
+    const arena::scope scope(workspace);
+    const auto memory = workspace.take<float>(pool.size(), kda_scratch::floats_per_thread(dim));
+    for_heads(a.layout, a.segments, parts, pool, [&](int thread, const segment& s, index head, row_range columns) {
+        const auto [column, count] = columns;
+        const flush_denormals flush;
+        const kda_scratch scratch(memory[thread].data, dim);
+        const kda_part all =
+            kda_part{a.q.slice(head),         a.k.slice(head),         a.v.slice(head).columns(column, count),
+                     a.log_decay.slice(head), a.beta.columns(head, 1), a.out.slice(head).columns(column, count)}
+                .rows(s.first_row, s.rows);
+        const auto state = a.layout.state(s.recurrent, a.layer)[head].columns(column, count);
+        for_tokens(s.rows, state, scratch.state,
+                   [&](index first, index rows, const kda_state& some) { form(all.rows(first, rows), some, scratch); });
+    });
+}
+
 }  // namespace simd
 
 /// Workspace that kda_step() and kda_chunk() take.
@@ -385,12 +380,12 @@ inline index kda_scratch_bytes(index head_dim, int threads) {
 /// One pass over the state per token, which stays in the first cache for the tokens of a segment. The same bits however
 /// a sequence is cut into segments.
 inline void kda_step(const kda_args& a, thread_pool& pool, arena& workspace) {
-    simd::for_heads(a, pool, workspace, simd::kda_step_part);
+    simd::kda_recur(a, pool, workspace, simd::kda_step_part);
 }
 
 /// The chunked form: the state is read and written once per sixteen tokens.
 inline void kda_chunk(const kda_args& a, thread_pool& pool, arena& workspace) {
-    simd::for_heads(a, pool, workspace, simd::kda_chunk_part);
+    simd::kda_recur(a, pool, workspace, simd::kda_chunk_part);
 }
 
 }  // namespace keel::inline KEEL_ABI
