@@ -12,6 +12,13 @@
 
 namespace keel::cuda_kernels {
 
+/// What lies between the two kernels: per row and slot, the down product's input as `staged` wants it, as codes if its
+/// weights are codes. Units of the widest network apart.
+__device__ inline unsigned char* hidden_of(const launch::experts_args& a, int slots, int units, int row, int slot) {
+    return reinterpret_cast<unsigned char*>(a.hidden) +
+           (static_cast<long long>(row) * slots + slot) * staged::value_bytes(units);
+}
+
 inline constexpr int up_threads = 128, up_warps = up_threads / warp_size;
 inline constexpr int down_threads = 288, down_warps = down_threads / warp_size;
 

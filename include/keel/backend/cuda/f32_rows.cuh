@@ -34,9 +34,11 @@ __global__ void __launch_bounds__(f32_rows::most_threads)
     const launch::product& to = a.list[0];
     const bool normed = a.before == launch::prologue::rms_norm;
     start_next();
-    const auto load = [&](const float* from, int i) {
+    const auto load = [&](const float* from, int i, bool once = false) {
         const int at = threadIdx.x + i * blockDim.x;
-        return at < fours ? reinterpret_cast<const float4*>(from)[at] : float4{};
+        if (at >= fours) return float4{};
+        const float4* of = reinterpret_cast<const float4*>(from) + at;
+        return once ? __ldcs(of) : *of;
     };
     float4 w[rows][pieces];
 #pragma unroll
@@ -45,7 +47,7 @@ __global__ void __launch_bounds__(f32_rows::most_threads)
 #pragma unroll
         for (int r = 0; r < rows; ++r) {
             const auto* row = to.weight.data + static_cast<long long>(first + r) * to.weight.row_bytes;
-            const float4 v = load(reinterpret_cast<const float*>(row), i);
+            const float4 v = load(reinterpret_cast<const float*>(row), i, true);
             w[r][i] = {v.x * norm.x, v.y * norm.y, v.z * norm.z, v.w * norm.w};
         }
     }

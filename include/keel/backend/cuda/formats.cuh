@@ -4,67 +4,10 @@
 // as floats, and its product with activations of 8 bits.
 #pragma once
 
+#include <keel/backend/cuda/codes.cuh>
 #include <keel/backend/cuda/device.cuh>
 
 namespace keel::cuda_kernels {
-
-/// Activations in shared memory, one row: as floats (36 places for 32 elements, so that lanes that read neighbouring
-/// units meet no bank conflict), and as codes of 8 bits with a scale per unit of 32 elements.
-struct staged {
-    float* values;
-    signed char* first;   // elements 0 to 15 of every unit
-    signed char* second;  // elements 16 to 31
-    int2* marks;          // per unit: the scale's bits; the codes' sums, elements 0 to 15 low, 16 to 31 high
-
-    __host__ __device__ static constexpr int value_bytes(int units) { return units * 144; }
-    __host__ __device__ static constexpr int code_bytes(int units) { return (units * 40 + 15) / 16 * 16; }
-
-    __device__ staged(unsigned char* memory, int units, bool floats)
-        : values(reinterpret_cast<float*>(memory)),
-          first(reinterpret_cast<signed char*>(memory + (floats ? value_bytes(units) : 0))),
-          second(first + 16 * units),
-          marks(reinterpret_cast<int2*>(second + 16 * units)) {}
-
-    __device__ static int place(int element) { return element + element / 32 * 4; }
-};
-
-/// A unit of activations as codes, in registers.
-struct unit_codes {
-    int4 first, second;  // elements 0 to 15, 16 to 31
-    float scale;         // what a product of codes is multiplied with
-    int sums;            // of the codes: elements 0 to 15 low, 16 to 31 high
-
-    __device__ unit_codes(const staged& x, int u)
-        : first(*reinterpret_cast<const int4*>(x.first + 16 * u)),
-          second(*reinterpret_cast<const int4*>(x.second + 16 * u)) {
-        const int2 mark = x.marks[u];
-        scale = __int_as_float(mark.x), sums = mark.y;
-    }
-};
-
-__device__ inline int low_sum(int sums) { return static_cast<short>(sums & 0xFFFF); }
-__device__ inline int high_sum(int sums) { return sums >> 16; }
-
-/// Products of the 16 codes in a and in b, each with 16 activations of the unit.
-__device__ inline int2 dot_codes(const unsigned (&a)[4], const unsigned (&b)[4], const unit_codes& x) {
-    const int4 &lo = x.first, &hi = x.second;
-    int2 sum{0, 0};
-    sum.x = __dp4a(static_cast<int>(a[0]), lo.x, sum.x);
-    sum.y = __dp4a(static_cast<int>(b[0]), hi.x, sum.y);
-    sum.x = __dp4a(static_cast<int>(a[1]), lo.y, sum.x);
-    sum.y = __dp4a(static_cast<int>(b[1]), hi.y, sum.y);
-    sum.x = __dp4a(static_cast<int>(a[2]), lo.z, sum.x);
-    sum.y = __dp4a(static_cast<int>(b[2]), hi.z, sum.y);
-    sum.x = __dp4a(static_cast<int>(a[3]), lo.w, sum.x);
-    sum.y = __dp4a(static_cast<int>(b[3]), hi.w, sum.y);
-    return sum;
-}
-
-/// sum + four unsigned bytes times four signed ones.
-__device__ inline int dot_unsigned(unsigned a, int b, int sum) {
-    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(sum));
-    return sum;
-}
 
 /// Code `i` of four words of four signed bytes.
 __device__ inline int code(const unsigned (&words)[4], int i) {
@@ -201,9 +144,9 @@ struct format<launch::layout::wide> {
         w.codes.unpack(a, b);
         const int2 sum = dot_codes(a, b, x);
         return x.scale * (__uint_as_float(w.scales.x) * static_cast<float>(sum.x) -
-                          __uint_as_float(w.scales.y) * static_cast<float>(low_sum(x.sums)) +
+                          __uint_as_float(w.scales.y) * static_cast<float>(x.low_sum()) +
                           __uint_as_float(w.scales.z) * static_cast<float>(sum.y) -
-                          __uint_as_float(w.scales.w) * static_cast<float>(high_sum(x.sums)));
+                          __uint_as_float(w.scales.w) * static_cast<float>(x.high_sum()));
     }
 };
 
@@ -241,9 +184,9 @@ struct scaled_pair {
             out[i + 16] = d * static_cast<float>(code(b, i)) - m;
         }
     }
-    __device__ float dot(int sum, const unit_codes& x) const {
-        return x.scale *
-               (scale() * static_cast<float>(sum) - minimum() * static_cast<float>(__dp2a_lo(x.sums, 0x0101, 0)));
+    template <class Codes>
+    __device__ float dot(int low, int high, const Codes& x) const {
+        return scale() * x.value(low, high) - minimum() * x.total();
     }
 };
 
@@ -264,7 +207,8 @@ struct format<launch::layout::q4_k> {
         unpack_nibbles(w.codes, a, b);
         w.scales.decode(a, b, out);
     }
-    __device__ static float dot(const piece& w, const unit_codes& x) {
+    template <class Codes>
+    __device__ static float dot(const piece& w, const Codes& x) {
         const unsigned words[4] = {w.codes.x, w.codes.y, w.codes.z, w.codes.w};
         const int4 &lo = x.first, &hi = x.second;
         int low = 0, high = 0;  // high nibbles stay where they are: 16 times their value, in unsigned bytes
@@ -272,7 +216,7 @@ struct format<launch::layout::q4_k> {
         low = dot_unsigned(words[1] & 0x0F0F0F0Fu, lo.y, low), high = dot_unsigned(words[1] & 0xF0F0F0F0u, hi.y, high);
         low = dot_unsigned(words[2] & 0x0F0F0F0Fu, lo.z, low), high = dot_unsigned(words[2] & 0xF0F0F0F0u, hi.z, high);
         low = dot_unsigned(words[3] & 0x0F0F0F0Fu, lo.w, low), high = dot_unsigned(words[3] & 0xF0F0F0F0u, hi.w, high);
-        return w.scales.dot(low + (high >> 4), x);
+        return w.scales.dot(low, high >> 4, x);
     }
 };
 
@@ -304,11 +248,12 @@ struct format<launch::layout::q5_k> {
         w.unpack(a, b);
         w.scales.decode(a, b, out);
     }
-    __device__ static float dot(const piece& w, const unit_codes& x) {
+    template <class Codes>
+    __device__ static float dot(const piece& w, const Codes& x) {
         unsigned a[4], b[4];
         w.unpack(a, b);
         const int2 sum = dot_codes(a, b, x);
-        return w.scales.dot(sum.x + sum.y, x);
+        return w.scales.dot(sum.x, sum.y, x);
     }
 };
 
@@ -350,12 +295,13 @@ struct format<launch::layout::q6_k> {
             out[i + 16] = d1 * static_cast<float>(code(b, i) - 32);
         }
     }
-    __device__ static float dot(const piece& w, const unit_codes& x) {
+    template <class Codes>
+    __device__ static float dot(const piece& w, const Codes& x) {
         unsigned a[4], b[4];
         w.unpack(a, b);
         const int2 sum = dot_codes(a, b, x);
-        const int total = w.scale(0) * (sum.x - 32 * low_sum(x.sums)) + w.scale(1) * (sum.y - 32 * high_sum(x.sums));
-        return half_bits(w.factor) * x.scale * static_cast<float>(total);
+        return half_bits(w.factor) *
+               x.value(w.scale(0) * (sum.x - 32 * x.low_sum()), w.scale(1) * (sum.y - 32 * x.high_sum()));
     }
 };
 

@@ -20,11 +20,11 @@ struct kda_slab {
     /// Of the whole matrix (D, D) at `state`, columns from `first` on.
     __device__ void read(const float* state, int first) {
 #pragma unroll
-        for (int i = 0; i < rows; ++i) s[i] = *place<const float4>(state, first, i);
+        for (int i = 0; i < rows; ++i) s[i] = __ldcs(place<const float4>(state, first, i));
     }
     __device__ void write(float* state, int first) const {
 #pragma unroll
-        for (int i = 0; i < rows; ++i) *place<float4>(state, first, i) = s[i];
+        for (int i = 0; i < rows; ++i) __stcs(place<float4>(state, first, i), s[i]);
     }
 
     /// One token: S <- diag(decay) S; S <- S + k (beta (v - S^T k))^T. Returns S^T q of the columns 4 (t % 8) to + 3.

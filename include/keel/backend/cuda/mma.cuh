@@ -71,6 +71,11 @@ __device__ inline void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/// Is one of the `threads` threads that a named_barrier() waits for, and does not wait.
+__device__ inline void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /// A barrier in shared memory that counts arrivals and, on sm_90, the bytes of bulk copies.
 struct barrier {
     std::uint64_t state;
@@ -127,14 +132,18 @@ struct stage_copy {
         }
 #endif
     }
-    /// A multiple of 16 bytes, the same in all lanes.
-    __device__ void whole(void* to, const void* from, int bytes) const {
+    /// A multiple of 16 bytes, the same in all lanes. `once`: nobody reads them again soon, so they are the first to
+    /// leave L2, which has better to hold: code, parameters and activations of kernels to come.
+    __device__ void whole(void* to, const void* from, int bytes, bool once = false) const {
 #if __CUDA_ARCH__ >= 900
         if (lane == 0) {
+            unsigned long long once_policy, policy;
+            asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once_policy));
+            asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
             asm volatile(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                    shared_address(to)),
-                "l"(from), "r"(bytes), "r"(shared_address(&full))
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+                "[%3], %4;" ::"r"(shared_address(to)),
+                "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(once ? once_policy : policy)
                 : "memory");
         }
 #else

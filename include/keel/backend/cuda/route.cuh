@@ -78,44 +78,53 @@ struct expert_slots {
 struct warp_choice {
     static constexpr int each = 8, most = each * warp_size;
 
-    int first;
-    float bias[each];
-
-    /// What can be read before the logits are there.
-    __device__ explicit warp_choice(const launch::route_args& a) : first(each * (threadIdx.x % warp_size)) {
-        read(bias, a.bias, a.experts);
+    /// Orders the experts; 0 for those that are not there.
+    __device__ static unsigned key(const launch::route_args& a, int expert, float logit, float bias) {
+        return expert < a.experts ? max(1u, ordered(sigmoid(logit) + bias)) : 0;
     }
 
-    /// Chooses the `count` best, the smaller index on a tie; all lanes. Leaves them and their logits in shared memory,
-    /// where the calling warp may read them, and returns the last one.
-    __device__ int make(const launch::route_args& a, int count, int* which, float* chosen_logits) const {
+    /// Chooses the `count` best, the smaller index on a tie; all lanes, with the keys of expert 8 lane and those behind
+    /// it. Leaves them in shared memory, where the calling warp may read them.
+    __device__ static void make(const unsigned (&keys)[each], int count, int* which) {
         const int lane = threadIdx.x % warp_size;
-        float logits[each];
-        read(logits, a.logits, a.experts);
-        unsigned key[each], largest = 0;
+        // A lane orders its own, the best first; then the lane with the best of all gives up its first, and so on.
+        unsigned long long own[each];  // key, and what is larger for a smaller index
 #pragma unroll
         for (int i = 0; i < each; ++i) {
-            key[i] = first + i < a.experts ? max(1u, ordered(sigmoid(logits[i]) + bias[i])) : 0;
-            largest = max(largest, key[i]);
+            own[i] = static_cast<unsigned long long>(keys[i]) << 32 | (most - 1 - each * lane - i);
+        }
+#pragma unroll
+        for (int round = 0; round < each; ++round) {
+#pragma unroll
+            for (int i = round % 2; i + 1 < each; i += 2) {
+                const auto larger = max(own[i], own[i + 1]);
+                own[i + 1] = min(own[i], own[i + 1]);
+                own[i] = larger;
+            }
         }
 #pragma unroll 1
         for (int slot = 0; slot < count; ++slot) {
-            const unsigned best = __reduce_max_sync(0xFFFFFFFFu, largest);
-            if (lane != __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, largest == best))) - 1) continue;
-            int at = 0;
-            float logit = 0;
-            bool found = false;
-            largest = 0;
+            const unsigned first = static_cast<unsigned>(own[0] >> 32);
+            const unsigned best = __reduce_max_sync(0xFFFFFFFFu, first);
+            const bool mine = lane == __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, first == best))) - 1;
+            if (mine) which[slot] = most - 1 - static_cast<int>(own[0] & 0xFFFFFFFFu);
 #pragma unroll
-            for (int i = 0; i < each; ++i) {
-                const bool it = !found && key[i] == best;
-                if (it) at = i, logit = logits[i], key[i] = 0, found = true;
-                largest = max(largest, key[i]);
-            }
-            which[slot] = first + at, chosen_logits[slot] = logit;
+            for (int i = 0; i + 1 < each; ++i) own[i] = mine ? own[i + 1] : own[i];
+            if (mine) own[each - 1] = 0;
         }
         __syncwarp();
-        return which[count - 1];
+    }
+
+    /// The same, from the logits on.
+    __device__ static void make(const launch::route_args& a, int* which) {
+        const int first = each * (threadIdx.x % warp_size);
+        float logits[each], bias[each];
+        read(logits, a.logits, first, a.experts);
+        read(bias, a.bias, first, a.experts);
+        unsigned keys[each];
+#pragma unroll
+        for (int i = 0; i < each; ++i) keys[i] = key(a, first + i, logits[i], bias[i]);
+        make(keys, a.k, which);
     }
 
     static bool serves(const launch::route_args& a) {
@@ -124,7 +133,7 @@ struct warp_choice {
     }
 
 private:
-    __device__ void read(float (&to)[each], const float* from, int experts) const {
+    __device__ static void read(float (&to)[each], const float* from, int first, int experts) {
 #pragma unroll
         for (int i = 0; i < each; i += 4) {
             const int at = min(first + i, experts - 4);
