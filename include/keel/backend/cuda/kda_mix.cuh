@@ -164,20 +164,29 @@ __device__ inline void put(const launch::kda_mix_args& a, int t, int h, int slab
 
 /// The whole layer between its products, see launch.hpp. A block makes the inputs of its own channels, shares q, k and
 /// decay with the head's other blocks, and advances its slabs. Grid: (blocks of a head, heads, segments).
+/// With clusters, in as few registers as let a block run beside one of the product before.
 template <int D>
-__global__ void __launch_bounds__(256) kda_mix_kernel(const __grid_constant__ launch::kda_mix_args a) {
+__global__ void __launch_bounds__(256, head_blocks<D / kda_slab<D>::columns>::clusters ? 3 : 1)
+    kda_mix_kernel(const __grid_constant__ launch::kda_mix_args a) {
     using slab = kda_slab<D>;
     using head = head_blocks<D / slab::columns>;
     constexpr int own = head::clusters ? slab::columns : D, slabs = own / slab::columns;
     constexpr int turns = ceil_div(3 * own, slab::threads);
     __shared__ __align__(16) float decay[D], k[D], q[D], v[own], gate[own], sums[slab::sum_floats];
     __shared__ float bias[own], norm[own], squares[2][D / warp_size];  // of q and k, a sum per 32 channels
-    __shared__ __align__(16) unsigned char low[2 * staged::value_bytes(ceil_div(D, 32))];
+    constexpr int units = ceil_div(D, 32);
+    __shared__ __align__(16) unsigned char low[2 * staged::value_bytes(units)], fine[2 * fine_codes::bytes(units)];
     extern __shared__ __align__(16) unsigned char rows[];
     const int first = blockIdx.x * own, h = blockIdx.y, taps = a.layout.taps, channels = a.layout.heads * D;
 
-    // Constants: the low-rank products' rows of the block's channels, decay and gate; taps.
+    // Constants: the low-rank products' rows of the block's channels, decay and gate; taps. All is asked for before
+    // anything is waited for: this is all that a block that starts late has to catch up on.
     start_next();
+    const launch::segment segment = a.segments[blockIdx.z];
+    const int own_channel = min(static_cast<int>(threadIdx.x), own - 1);
+    const float own_bias = __ldg(a.dt_bias + h * D + first + own_channel),
+                own_norm = __ldg(a.norm + first + own_channel);
+    const float rate = __ldg(a.a + h);
     __shared__ unsigned long long barrier;
     head blocks(&barrier, static_cast<int>(sizeof q + sizeof k + sizeof decay + sizeof squares));
     const auto fetch = [&](const launch::matrix& m, unsigned char* to) {
@@ -187,14 +196,6 @@ __global__ void __launch_bounds__(256) kda_mix_kernel(const __grid_constant__ la
     unsigned char* const gate_rows = rows + own * a.decay_up.row_bytes;
     fetch(a.decay_up, rows);
     fetch(a.gate_up, gate_rows);
-    const launch::segment segment = a.segments[blockIdx.z];
-    float* const layer = reinterpret_cast<float*>(segment.recurrent) + a.layer * a.layout.layer_floats;
-    float* const state = layer + h * D * D;
-    for (int i = threadIdx.x; i < D * slabs; i += slab::threads) {
-        prefetch(reinterpret_cast<const unsigned char*>(state + i / slabs * D + first + i % slabs * slab::columns),
-                 128);
-    }
-    float* const history = layer + static_cast<long long>(a.layout.heads) * D * D + h * D;
     conv_channel conv[turns];
     const auto place_of = [&](int turn, int& which, int& d) {  // of the channel that this thread convolves
         const int i = threadIdx.x + turn * slab::threads;
@@ -209,35 +210,34 @@ __global__ void __launch_bounds__(256) kda_mix_kernel(const __grid_constant__ la
             if (place_of(turn, which, d)) f(turn, which, d);
         }
     };
-    const auto past_of = [&](int which, int d) {
-        return history + static_cast<long long>(which) * taps * channels + d;
-    };
     each_channel([&](int turn, int which, int d) {
         const float* weights = which == 0 ? a.taps_q : which == 1 ? a.taps_k : a.taps_v;
         conv[turn].weigh(weights + (h * D + d) * (taps + 1), taps);
-        if (threadIdx.x % warp_size == 0) {
-            for (int j = 0; j < taps; ++j) {
-                prefetch(reinterpret_cast<const unsigned char*>(past_of(which, d) + j * channels), 128);
-            }
-        }
     });
-    for (int i = threadIdx.x; i < own; i += slab::threads) {
-        bias[i] = a.dt_bias[h * D + first + i];
-        norm[i] = a.norm[first + i];
-    }
-    const float rate = a.a[h];
+    // The state is of the token before: no kernel that may still run writes it.
+    float* const layer = reinterpret_cast<float*>(segment.recurrent) + a.layer * a.layout.layer_floats;
+    float* const state = layer + h * D * D;
+    float* const history = layer + static_cast<long long>(a.layout.heads) * D * D + h * D;
+    const auto past_of = [&](int which, int d) {
+        return history + static_cast<long long>(which) * taps * channels + d;
+    };
+    slab s[slabs];
+#pragma unroll
+    for (int j = 0; j < slabs; ++j) s[j].read(state, first + j * slab::columns);
+    each_channel([&](int turn, int which, int d) { conv[turn].read(past_of(which, d), channels); });
+    static_assert(own <= slab::threads);
+    if (threadIdx.x < own) bias[threadIdx.x] = own_bias, norm[threadIdx.x] = own_norm;
     wait_for_previous();
 
     // A token's inputs, all asked for at once, before anything is stored that might be the same memory.
-    constexpr int low_turns = ceil_div(2 * D, slab::threads);
-    float low_value[low_turns], now[turns], beta_logit;
+    float4 low_values{};  // of the low-rank inputs, four of each of the first threads
+    float now[turns], beta_logit;
+    const bool of_low = threadIdx.x < 2 * D / 4, low_of_gate = threadIdx.x >= D / 4;
+    const int low_at = 4 * threadIdx.x - (low_of_gate ? D : 0);
     const auto load = [&](int t) {
-#pragma unroll
-        for (int i = 0; i < low_turns; ++i) {
-            const int d = threadIdx.x + i * slab::threads;
-            low_value[i] = d < D       ? a.decay_low[t * a.decay_row + d]
-                           : d < 2 * D ? a.gate_low[t * a.gate_row + d - D]
-                                       : 0.0f;
+        if (of_low) {
+            const float* from = low_of_gate ? a.gate_low + t * a.gate_row : a.decay_low + t * a.decay_row;
+            low_values = *reinterpret_cast<const float4*>(from + low_at);
         }
 #pragma unroll
         for (int turn = 0; turn < turns; ++turn) {
@@ -249,24 +249,17 @@ __global__ void __launch_bounds__(256) kda_mix_kernel(const __grid_constant__ la
         beta_logit = a.beta[t * a.beta_row + h];
     };
     load(segment.first_row);
-    slab s[slabs];
-#pragma unroll
-    for (int j = 0; j < slabs; ++j) s[j].read(state, first + j * slab::columns);
-    each_channel([&](int turn, int which, int d) { conv[turn].read(past_of(which, d), channels); });
     const float scale = 1.0f / sqrtf(static_cast<float>(D));
-    constexpr int units = ceil_div(D, 32);
     const auto low_of = [&](bool of_gate) {
         return staged(low + (of_gate ? staged::value_bytes(units) : 0), units, true);
     };
+    const auto fine_of = [&](bool of_gate) { return fine + (of_gate ? fine_codes::bytes(units) : 0); };
     copies_done();
     blocks.all_here();
     const int end = segment.first_row + segment.rows;
     for (int t = segment.first_row; t < end; ++t) {
-#pragma unroll
-        for (int i = 0; i < low_turns; ++i) {
-            const int d = threadIdx.x + i * slab::threads;
-            if (d < 2 * D) low_of(d >= D).values[staged::place(d % D)] = low_value[i];
-        }
+        fine_codes::put(fine_of(low_of_gate), units, min(low_at / 32, units - 1), low_values, of_low);
+        if (of_low) *reinterpret_cast<float4*>(low_of(low_of_gate).values + staged::place(low_at)) = low_values;
         const float beta = sigmoid(beta_logit);
         each_channel([&](int turn, int which, int d) {  // whole warps
             const float x = conv[turn].next(now[turn]);
@@ -284,13 +277,8 @@ __global__ void __launch_bounds__(256) kda_mix_kernel(const __grid_constant__ la
             const bool of_gate = i >= own;
             const launch::matrix& up = of_gate ? a.gate_up : a.decay_up;
             const int of_own = of_gate ? i - own : i;
-            float sum[1][1] = {};
-            visit_format(up.type, [&]<class Format>() {
-                rows_product<Format, false, lanes, space::shared>((of_gate ? gate_rows : rows) + of_own * up.row_bytes,
-                                                                  0, units, threadIdx.x % lanes, low_of(of_gate), 0,
-                                                                  sum);
-            });
-            const float total = lanes_sum<lanes>(sum[0][0]);
+            const float total = narrow_product<lanes>(up.type, (of_gate ? gate_rows : rows) + of_own * up.row_bytes,
+                                                      units, low_of(of_gate), fine_of(of_gate));
             if (threadIdx.x % lanes != 0) continue;
             if (of_gate) {
                 gate[of_own] = sigmoid(total) * norm[of_own];

@@ -83,6 +83,26 @@ __device__ inline void rows_product(const unsigned char* first, long long pitch,
     }
 }
 
+/// The product of a record in shared memory with a short row of activations, which are not rounded to 8 bits: as floats
+/// in `x`, as fine_codes in `fine`. In all of `Lanes` neighbouring lanes.
+template <int Lanes>
+__device__ inline float narrow_product(launch::layout type, const unsigned char* record, int units, const staged& x,
+                                       const unsigned char* fine) {
+    const int lane = threadIdx.x % Lanes;
+    float sum[1][1] = {};
+    if (type == launch::layout::q8_0) {
+        using of = format<launch::layout::q8_0>;
+        for (int u = lane; u < units; u += Lanes) {
+            sum[0][0] += fine_codes::dot(of::load<space::shared>(record, units, u), fine, units, u);
+        }
+    } else {
+        visit_format(type, [&]<class Format>() {
+            rows_product<Format, false, Lanes, space::shared>(record, 0, units, lane, x, 0, sum);
+        });
+    }
+    return lanes_sum<Lanes>(sum[0][0]);
+}
+
 /// Rows of a matrix that a warp multiplies in one go, `Each` by every group of `Lanes` lanes. They are copied to shared
 /// memory as early as possible (before the kernel waits for the previous one), or, if they do not fit there, read where
 /// they are.

@@ -98,6 +98,50 @@ __device__ inline void put_unit(const staged& to, int unit, float value) {
     if (i == 0) to.marks[unit] = {__float_as_int(largest * (1 / 127.0f)), (sum & 0xFFFF) | other << 16};
 }
 
+/// Activations as codes of 16 bits, for weights of 8: a unit's elements are scale (256 high + low). Memory: of every
+/// unit 32 high and 32 low bytes, then the scales.
+struct fine_codes {
+    __host__ __device__ static constexpr int bytes(int units) { return (units * 68 + 15) / 16 * 16; }
+
+    /// Eight neighbouring lanes write a unit, four elements each; all lanes of the warp call it.
+    __device__ static void put(unsigned char* memory, int units, int unit, const float4& x, bool inside) {
+        constexpr float most = 127 * 256;
+        const int part = threadIdx.x % 8;
+        const float largest = lanes_max<8>(largest_of(x)), factor = largest > 0 ? most / largest : 0.0f;
+        const float values[4] = {x.x, x.y, x.z, x.w};
+        unsigned high = 0, low = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int code = __float2int_rn(values[i] * factor), upper = (code + 128) >> 8;
+            high |= (static_cast<unsigned>(upper) & 255) << (8 * i);
+            low |= (static_cast<unsigned>(code) & 255) << (8 * i);
+        }
+        if (!inside) return;
+        unsigned* const to = reinterpret_cast<unsigned*>(memory + 64 * unit);
+        to[part] = high, to[8 + part] = low;
+        if (part == 0) reinterpret_cast<float*>(memory + 64 * units)[unit] = largest * (1 / most);
+    }
+
+    /// The product of unit u with weights.
+    __device__ static float dot(const format<launch::layout::q8_0>::piece& w, const unsigned char* memory, int units,
+                                int u) {
+        const int4* const x = reinterpret_cast<const int4*>(memory + 64 * u);
+        unsigned a[4], b[4];
+        w.codes.unpack(a, b);
+        const auto with = [&](const int4& first, const int4& second) {
+            const int2 sums = dot_codes(a, b, plain_codes{first, second});
+            return sums.x + sums.y;
+        };
+        const float scale = half_bits(w.scale) * reinterpret_cast<const float*>(memory + 64 * units)[u];
+        return scale * static_cast<float>(256 * with(x[0], x[1]) + with(x[2], x[3]));
+    }
+
+private:
+    struct plain_codes {
+        int4 first, second;
+    };
+};
+
 /// From the sums of squares of the warps, behind a barrier.
 __device__ inline float inverse_rms(const float* squares, int threads, int columns, float epsilon) {
     float sum = 0;
