@@ -32,7 +32,7 @@ check long "$bin/test_cuda" '[long]'
 check kernels "$bin/cuda_prefill_test"
 check repeated "$bin/cuda_prefill_test" 1000
 if command -v compute-sanitizer >/dev/null; then
-    small='norms*,sums*,one small*,small products*,a small sparse*,convolution*,rows are kept*,the router*'
+    small='norms*,sums*,one small*,small products*,a small sparse*,a small MLA*,convolution*,rows are kept*,the router*'
     check memcheck compute-sanitizer --error-exitcode 9 "$bin/test_cuda" "$small"
     check racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "$bin/test_cuda" "$small"
     check memcheck-kernels compute-sanitizer --error-exitcode 9 "$bin/cuda_prefill_test" 2

@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <initializer_list>
 #include <random>
 #include <span>
 #include <vector>
@@ -84,7 +83,7 @@ public:
     };
 
     /// States and histories are random, the latent rows before each position too.
-    sequences(memory_layout layout, std::initializer_list<shape> shapes, random_numbers& random) : layout_(layout) {
+    sequences(memory_layout layout, const std::vector<shape>& shapes, random_numbers& random) : layout_(layout) {
         index first = 0;
         for (const shape& s : shapes) {
             host_buffer recurrent(layout.recurrent_bytes());

@@ -25,6 +25,7 @@
 #include <keel/backend/cuda/memory.hpp>
 #include <keel/backend/cuda/passes.hpp>
 #include <keel/backend/cuda/prefill.hpp>
+#include <keel/backend/cuda/scratch.hpp>
 #include <keel/backend/cuda/upload.hpp>
 #include <keel/backend/fused.hpp>
 #include <keel/core/arena.hpp>
@@ -38,30 +39,13 @@ namespace keel::inline KEEL_ABI {
 
 /// The whole model on a GPU. Weights stay quantised. With precision::fast, products of quantised weights take
 /// activations of 8 bits; everything else is f32 with either precision.
-class cuda : public cuda_device_memory, cuda_arguments {
+class cuda : public cuda_device_memory, cuda_scratch {
 public:
     /// Throws errc::capacity if the device has no room for the workspace.
     cuda(std::shared_ptr<device> shared, index workspace_bytes)
         : cuda_device_memory(std::move(shared), workspace_bytes), table_(on()), recordings_(on()) {}
 
-    /// Activations between the two kernels of a feed-forward network, results of kda_mix and of the router, partial
-    /// results of split attention.
-    static index scratch_bytes(const workspace_limits& l, const backend_options& options) {
-        const index widest = (std::max(l.expert_ff, l.columns) + 31) / 32;  // the shared expert may be the widest
-        const index hidden = l.rows * (l.chosen + 1) * widest * cuda_launch::hidden_unit_bytes;
-        const index partial = partial_floats(l.heads, l.latent_rank) * static_cast<index>(sizeof(float));
-        index many = 0;
-        if (options.precision == precision::fast) {
-            many = cuda_prefill::scratch_bytes(l) + l.rows * l.columns * static_cast<index>(sizeof(float));
-        }
-        const index edges = 3 * cuda_launch::short_conv_edges(number(l.rows)) * l.taps * l.heads * l.head_dim *
-                            static_cast<index>(sizeof(float));
-        const index mixed = l.rows * l.heads * (l.head_dim + l.head_dim / 32) * static_cast<index>(sizeof(float));
-        const index routed = l.rows * (l.experts + 2 * l.chosen + l.columns / 2) * static_cast<index>(sizeof(float));
-        const index counted = std::min(l.rows, shortlist_rows) * cuda_launch::shortlist_parts(number(l.vocabulary)) *
-                              (keel::shortlist::bins + 1) * static_cast<index>(sizeof(float));
-        return hidden + mixed + edges + routed + partial + many + counted + 16 * arena::alignment;
-    }
+    using cuda_scratch::scratch_bytes;
 
     [[nodiscard]] index prefill_from() const {
         return on()->precision() == precision::exact ? std::numeric_limits<index>::max() : 32;
@@ -78,7 +62,7 @@ public:
             cuda_batch_table& table;
             ~done() { table.forget(); }
         } const at_the_end{table_};
-        return recordings_.run(b, pass);
+        return recordings_.run(b, are_short(b.segments), pass);
     }
 
     // Operations.
@@ -192,6 +176,16 @@ public:
     void kda_chunk(const kda_args& a) { prefill().kda_chunk(a, table_.segments(a.segments)); }
 
     void gated_norm(const gated_norm_args& a) { call("gated_norm", cuda_launch::gated_norm(arguments(a), stream())); }
+
+    /// Whether latent_mix is for such a batch: few sequences, token by token, with little in their caches.
+    [[nodiscard]] bool mixes(const latent_mix_args<matrix>& a) const {
+        return on()->precision() == precision::fast && std::ssize(a.segments) <= mix_rows && are_short(a.segments) &&
+               cuda_launch::serves_latent_mix(arguments(a, nullptr));
+    }
+
+    void latent_mix(const latent_mix_args<matrix>& a) {
+        call("latent_mix", cuda_launch::latent_mix(arguments(a, table_.segments(a.segments)), stream()));
+    }
 
     void latent_append(const latent_append_args& a) {
         call("latent_append",
@@ -326,15 +320,15 @@ public:
     }
 
 private:
-    /// Shortlists that are made at once.
-    static constexpr index shortlist_rows = 64;
+    /// Up to how many rows, and positions behind which, latent_mix is worth it.
+    static constexpr index mix_rows = 2, short_positions = 192;
+    static_assert(short_positions <= memory_layout::block_rows);
 
-    /// Most blocks of a split attention, for a group of heads.
-    static constexpr index attend_blocks = 256;
-    static constexpr index exact_splits = 8;
-
-    /// (rows, splits, heads, rank + 4), of which rows * splits are at most attend_blocks.
-    static index partial_floats(index heads, index rank) { return attend_blocks * heads * (rank + 4); }
+    /// Whether the segments are of one row each and end early: passes with such take other kernels.
+    static bool are_short(std::span<const segment> segments) {
+        return std::ranges::all_of(segments,
+                                   [](const segment& s) { return s.rows == 1 && s.position < short_positions; });
+    }
 
     /// Whether products with these rows are computed on tensor cores.
     [[nodiscard]] bool many(view<const float, 2> x) const {

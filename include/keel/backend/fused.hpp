@@ -34,6 +34,23 @@ struct kda_mix_args {
     view<float, 2> x;  // (n, hidden), the residual stream
 };
 
+/// latent_mix: all of an MLA layer between its products, for what mixes(latent_mix_args) says yes to: latent_append,
+/// matmul_heads with key_up, latent_attend and matmul_heads with value_up.
+template <class Matrix>
+struct latent_mix_args {
+    view<const float, 3> q;       // (n, H, N + P)
+    view<const float, 2> latent;  // (n, R + P), before the norm
+    view<const float, 1> norm;    // (R)
+    const Matrix& key_up;         // count H of (R, N)
+    const Matrix& value_up;       // count H of (V, R)
+    float epsilon;
+    float scale;  // of the scores
+    index layer;  // among the MLA layers
+    std::span<const segment> segments;
+    const memory_layout& layout;
+    view<float, 3> out;  // (n, H, V)
+};
+
 /// kda_inputs: all that prepares the inputs of the recurrence, in place:
 ///   q, k, v = silu(conv(.)), q and k of unit length;   g = a softplus(f + dt_bias);   beta = sigmoid(.)
 struct kda_inputs_args {

@@ -51,6 +51,8 @@ public:
     template <class... Anything>
     void kda_mix(const Anything&...) = delete;
     template <class... Anything>
+    void latent_mix(const Anything&...) = delete;
+    template <class... Anything>
     void moe(const Anything&...) = delete;
     template <class... Anything>
     void graph(const Anything&...) = delete;

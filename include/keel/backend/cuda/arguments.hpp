@@ -215,6 +215,15 @@ protected:
                 plain(a.layout)};
     }
 
+    static cuda_launch::latent_mix_args arguments(const latent_mix_args<cuda_matrix>& a,
+                                                  const cuda_launch::segment* segments) {
+        return {
+            a.q.data,           a.latent.data,      a.norm.data,          a.q.stride[0], a.q.stride[1],
+            a.latent.stride[0], a.key_up.on_device, a.value_up.on_device, a.epsilon,     a.scale,
+            a.out.data,         a.out.stride[0],    a.out.stride[1],      segments,      number(std::ssize(a.segments)),
+            number(a.layer),    plain(a.layout)};
+    }
+
     /// Without which rows, and how they are split.
     static cuda_launch::latent_attend_args arguments(const latent_attend_args& a,
                                                      const cuda_launch::segment* segments) {

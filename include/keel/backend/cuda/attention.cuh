@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(attend_threads)
 
 inline constexpr int join_threads = 512, attend_most_splits = 256;
 
-/// Joins the splits of a row and head; groups of threads take four columns each of every few splits. Grid: (heads,
-/// rows). `tile` is that of the kernel before.
+/// Joins the splits of a row and head, in a part of its columns; groups of threads take four columns each of every few
+/// splits. Grid: (heads, rows, parts). `tile` is that of the kernel before.
 __global__ void __launch_bounds__(join_threads)
     latent_join_kernel(const __grid_constant__ launch::latent_attend_args a, const int tile) {
     __shared__ float weight[attend_most_splits], of_warp[join_threads / warp_size];
@@ -167,7 +167,17 @@ __global__ void __launch_bounds__(join_threads)
     const float* partial = a.partial + attend_partial(a, blockIdx.y, 0) + h * attend_pitch(a.rank);
     const long long distance = static_cast<long long>(a.heads) * attend_pitch(a.rank);
 
+    const int lanes = a.rank / (4 * gridDim.z), groups = join_threads / lanes, group = threadIdx.x / lanes;
+    const int column = 4 * (blockIdx.z * lanes + threadIdx.x % lanes);
+    const auto part_of = [&](int split) {
+        return *reinterpret_cast<const float4*>(partial + split * distance + column);
+    };
+
     wait_for_previous();
+    constexpr int ahead = 9;  // asked for before their weights are known
+    float4 first[ahead];
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) first[j] = part_of(min(group + j * groups, splits - 1));
     const bool mine = threadIdx.x < splits;
     const float top = mine ? partial[threadIdx.x * distance + a.rank] : -INFINITY;
     const float some = mine ? partial[threadIdx.x * distance + a.rank + 1] : 0.0f;
@@ -179,14 +189,17 @@ __global__ void __launch_bounds__(join_threads)
     if (threadIdx.x < attend_most_splits) weight[threadIdx.x] = factor;
     const float total = block_sum(factor * some);  // a barrier for weight, too
 
-    const int lanes = a.rank / 4, groups = join_threads / lanes, group = threadIdx.x / lanes;
     float4 sum{};
+    const auto add = [&](int split, const float4& x) {
+        const float w = weight[split];
+        sum = {sum.x + w * x.x, sum.y + w * x.y, sum.z + w * x.z, sum.w + w * x.w};
+    };
     if (group < groups) {
-#pragma unroll 8
-        for (int i = group; i < splits; i += groups) {
-            const float4 x = *reinterpret_cast<const float4*>(partial + i * distance + threadIdx.x % lanes * 4);
-            sum = {sum.x + weight[i] * x.x, sum.y + weight[i] * x.y, sum.z + weight[i] * x.z, sum.w + weight[i] * x.w};
+#pragma unroll
+        for (int j = 0; j < ahead; ++j) {
+            if (group + j * groups < splits) add(group + j * groups, first[j]);
         }
+        for (int i = group + ahead * groups; i < splits; i += groups) add(i, part_of(i));
     }
     sums[threadIdx.x] = sum;
     __syncthreads();
@@ -195,7 +208,7 @@ __global__ void __launch_bounds__(join_threads)
         const float4 x = sums[g * lanes + threadIdx.x];
         sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
     }
-    float* out = a.out + r * a.out_row + h * a.out_head + threadIdx.x * 4;
+    float* out = a.out + r * a.out_row + h * a.out_head + column;
     out[0] = sum.x / total, out[1] = sum.y / total, out[2] = sum.z / total, out[3] = sum.w / total;
 }
 

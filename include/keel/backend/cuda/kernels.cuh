@@ -13,6 +13,7 @@
 #include <keel/backend/cuda/kda_chunk.cuh>
 #include <keel/backend/cuda/kda_mix.cuh>
 #include <keel/backend/cuda/kda_step.cuh>
+#include <keel/backend/cuda/latent_mix.cuh>
 #include <keel/backend/cuda/matvec.cuh>
 #include <keel/backend/cuda/products.cuh>
 #include <keel/backend/cuda/repack.cuh>

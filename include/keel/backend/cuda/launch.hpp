@@ -290,6 +290,24 @@ struct latent_attend_args {
 };
 cudaError_t latent_attend(const latent_attend_args&, cudaStream_t);
 
+/// Append, latent query, attention and expansion for rows that are their segments' only ones, over short caches; the
+/// formula is that of keel::latent_mix_args.
+struct latent_mix_args {
+    const float *q, *latent, *norm;
+    long long q_row, q_head, latent_row;
+    matrix key_up, value_up;
+    float epsilon, scale;
+    float* out;
+    long long out_row, out_head;
+    const segment* segments;
+    int segment_count;
+    int layer;
+    memory layout;
+};
+/// Whether there is a kernel for these shapes; not for few processors, whose blocks have too little shared memory.
+bool serves_latent_mix(const latent_mix_args&);
+cudaError_t latent_mix(const latent_mix_args&, cudaStream_t);
+
 struct route_args {
     const float* logits;
     long long logits_row;

@@ -148,20 +148,21 @@ public:
         recordings_.clear();
     }
 
-    /// Runs the pass, or what an earlier one of the same shape enqueued. The first time it runs plainly (kernels are
-    /// loaded then), the second time it is recorded.
+    /// Runs the pass, or what an earlier one of the same shape and form enqueued; `form` is whatever else a pass
+    /// depends on. The first time it runs plainly (kernels are loaded then), the second time it is recorded.
     template <class Pass>
-    auto run(const batch& b, Pass&& pass) {
+    auto run(const batch& b, bool form, Pass&& pass) {
         using result = decltype(pass());
         const index rows = b.rows(), wanted = static_cast<index>(b.wanted.size());
         const bool decoding = static_cast<index>(b.segments.size()) == rows;
         if (!decoding) return pass();
         const bool keeps = std::ranges::any_of(b.segments, [](const segment& s) { return s.kept != nullptr; });
-        const auto known = std::ranges::find_if(
-            recordings_, [&](const recording& r) { return r.rows == rows && r.wanted == wanted && r.keeps == keeps; });
+        const auto known = std::ranges::find_if(recordings_, [&](const recording& r) {
+            return r.rows == rows && r.wanted == wanted && r.keeps == keeps && r.form == form;
+        });
         if (known == recordings_.end()) {
             if (recordings_.size() == most) return pass();
-            recordings_.push_back({rows, wanted, keeps, nullptr, {}});
+            recordings_.push_back({rows, wanted, keeps, form, nullptr, {}});
             return pass();
         }
         if (known->replay == nullptr) record<result>(*known, pass);
@@ -174,7 +175,7 @@ private:
 
     struct recording {
         index rows, wanted;
-        bool keeps;
+        bool keeps, form;
         cudaGraphExec_t replay;
         std::any result;  ///< of the pass: where its results lie
     };
