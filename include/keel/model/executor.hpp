@@ -92,7 +92,7 @@ public:
             const auto hidden = forward(b, shape_, weights_, rows);
             const index count = std::min(n, logits_rows);
             const auto out = take_projected<B>(b.workspace(), count, shape_.vocabulary);
-            project_logits(b, weights_, hidden.rows(0, count), out);
+            project_logits(b, shape_, weights_, hidden.rows(0, count), out);
             return {hidden, out};
         };
         result done;
@@ -106,7 +106,7 @@ public:
         for (index r = 0; r < n; r += logits_rows) {
             const index count = std::min(n - r, logits_rows);
             const projected out = done.out.first(count);
-            if (r > 0) project_logits(b, weights_, done.hidden.rows(r, count), out);
+            if (r > 0) project_logits(b, shape_, weights_, done.hidden.rows(r, count), out);
             const auto first = static_cast<std::size_t>(r);
             kept_logits<B>::keep(b, out, std::span(all.kept_by).subspan(first, static_cast<std::size_t>(count)));
             for (index i = 0; i < count; ++i) {

@@ -12,11 +12,12 @@
 #include <keel/model/logits.hpp>
 #include <keel/model/mla.hpp>
 #include <keel/model/moe.hpp>
+#include <keel/model/project.hpp>
 #include <keel/model/weights.hpp>
 
 namespace keel::inline KEEL_ABI {
 
-/// The model: tokens to the normed hidden rows that want logits, (rows.wanted.size(), hidden), in the workspace. The
+/// The model: tokens to the hidden rows that want logits, (rows.wanted.size(), hidden), in the workspace. The
 /// states of the sequences advance by their rows.
 template <backend B>
 view<float, 2> forward(B& b, const config& c, const weights<B>& w, const batch& rows) {
@@ -40,15 +41,15 @@ view<float, 2> forward(B& b, const config& c, const weights<B>& w, const batch& 
 
     if constexpr (requires { b.enter_layer(index{}); }) b.enter_layer(-1);
     const auto wanted = b.workspace().template take<float>(static_cast<index>(rows.wanted.size()), c.hidden);
+    if (wanted.extent[0] == rows.rows()) return x;
     b.gather({x, rows.wanted, wanted});
-    b.rms_norm({wanted, w.output_norm, c.epsilon, wanted});
     return wanted;
 }
 
-/// Rows of forward() to logits.
+/// Rows of forward() to logits, their norm included.
 template <backend B>
-void project_logits(B& b, const weights<B>& w, view<const float, 2> hidden, const projected& out) {
-    b.matmul(hidden, {{w.output, out.logits}});
+void project_logits(B& b, const config& c, const weights<B>& w, view<const float, 2> hidden, const projected& out) {
+    project(b, hidden, w.output_norm, c.epsilon, {{w.output, out.logits}});
     if constexpr (makes_shortlists<B>) b.shortlist({out.logits, out.lists});
 }
 

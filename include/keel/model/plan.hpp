@@ -112,7 +112,7 @@ index workspace_bytes(const config& c, const backend_options& options, index row
     if (rows > 1) segments.push_back({.first_row = 1, .rows = std::max<index>(rows - 1, 2)});
     const auto hidden = forward(counter, c, nothing, {tokens, segments, wanted, &layout});
     const auto out = take_projected<B>(counter.workspace(), std::min(rows, logits_rows), c.vocabulary);
-    project_logits(counter, nothing, hidden, out);
+    project_logits(counter, c, nothing, hidden, out);
     return counter.workspace().peak() + B::scratch_bytes(c.limits(rows, context), options);
 }
 
