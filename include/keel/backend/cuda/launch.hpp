@@ -296,13 +296,12 @@ struct latent_mix_args {
     const float *q, *latent, *norm;
     long long q_row, q_head, latent_row;
     matrix key_up, value_up;
+    const segment* segments;
+    int segment_count, layer;
+    memory layout;
     float epsilon, scale;
     float* out;
     long long out_row, out_head;
-    const segment* segments;
-    int segment_count;
-    int layer;
-    memory layout;
 };
 /// Whether there is a kernel for these shapes; not for few processors, whose blocks have too little shared memory.
 bool serves_latent_mix(const latent_mix_args&);
