@@ -10,14 +10,14 @@
 namespace keel::cuda_kernels {
 
 struct halves_attention {
-    static constexpr int heads = 32, tile = 64, threads = 512, columns_of_warp = 32;
+    static constexpr int heads = 32, tile = 64, threads = 256, columns_of_warp = 64;
 
     /// What shared memory holds; rows are padded by 16 bytes against bank conflicts.
     int width, stages;
 
     __host__ __device__ int pitch() const { return width + 8; }
     __host__ __device__ int bytes() const {
-        return 2 * pitch() * (heads + stages * tile) + 8 * heads * (tile + 4) + 2 * heads * (tile + 8) + 4 * heads;
+        return 2 * pitch() * (heads + stages * tile) + 4 * heads * (tile + 4) + 2 * heads * (tile + 8) + 4 * heads;
     }
 
     /// Whether all heads of all rows can be read 16 bytes at a time.
@@ -27,9 +27,8 @@ struct halves_attention {
 
     /// Whether the kernel serves these shapes.
     static bool serves(const launch::latent_attend_args& a) {
-        return a.halves && a.layout.half && a.rank % columns_of_warp == 0 &&
-               a.rank <= threads / warp_size * columns_of_warp && a.layout.latent_width % 16 == 0 &&
-               readable(a.q_latent, a.latent_row, a.latent_head) &&
+        return a.halves && a.layout.half && a.rank % columns_of_warp == 0 && a.rank <= 8 * columns_of_warp &&
+               a.layout.latent_width % 16 == 0 && readable(a.q_latent, a.latent_row, a.latent_head) &&
                readable(a.q_position, a.position_row, a.position_head);
     }
 };
@@ -44,8 +43,8 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
     const int width = shape.width, pitch = shape.pitch();
     __half* const q = reinterpret_cast<__half*>(memory);                                  // (heads, pitch)
     __half* const cache = q + heads * pitch;                                              // (stages, tile, pitch)
-    float* const scores = reinterpret_cast<float*>(cache + shape.stages * tile * pitch);  // (2, heads, score_pitch)
-    __half* const weights = reinterpret_cast<__half*>(scores + 2 * heads * score_pitch);  // (heads, weight_pitch)
+    float* const scores = reinterpret_cast<float*>(cache + shape.stages * tile * pitch);  // (heads, score_pitch)
+    __half* const weights = reinterpret_cast<__half*>(scores + heads * score_pitch);      // (heads, weight_pitch)
     float* const shrinks = reinterpret_cast<float*>(weights + heads * weight_pitch);      // (heads)
 
     const int r = a.first_row + blockIdx.y, first_head = blockIdx.z * heads;
@@ -100,11 +99,9 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
     }
 
     const int matrix = lane / 8, line = lane % 8;
-    constexpr int parts = threads / heads;
-    const int head = threadIdx.x / parts, part = threadIdx.x % parts;  // in the softmax
+    const int head = threadIdx.x / 8, part = threadIdx.x % 8;  // in the softmax
     float largest = -INFINITY, total = 0;
-    constexpr int eights = halves_attention::columns_of_warp / 8;
-    float sum[2][eights][4] = {};  // 32 heads, the warp's columns
+    float sum[2][8][4] = {};  // 32 heads, 64 columns of the warp
     const int column = warp * halves_attention::columns_of_warp;
     for (int from = 0, stage = 0; from < range.count; from += tile) {
         const bool more = from + tile < range.count;
@@ -117,14 +114,14 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
         __syncthreads();
         const __half* const rows = cache + stage * tile * pitch;
 
-        // Scores: a warp takes 16 heads, 16 positions and every other 32 columns.
+        // Scores: a warp takes 16 heads and 16 positions, even and odd steps in chains of their own.
         {
-            const int m = warp % 2 * 16, n = warp / 2 % 4 * 16, half = warp / 8;
+            const int m = warp % 2 * 16, n = warp / 2 * 16;
             const std::uint32_t left = shared_address(q + (m + matrix % 2 * 8 + line) * pitch + matrix / 2 * 8);
             const std::uint32_t right = shared_address(rows + (n + matrix / 2 * 8 + line) * pitch + matrix % 2 * 8);
             float score[2][2][4] = {};
-#pragma unroll 3
-            for (int k = 32 * half; k < width; k += 64) {
+#pragma unroll 4
+            for (int k = 0; k < width; k += 32) {
 #pragma unroll
                 for (int odd = 0; odd < 2; ++odd) {
                     if (k + 16 * odd >= width) break;
@@ -137,7 +134,7 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                float* to = scores + (half * heads + m + lane / 4) * score_pitch + n + 8 * j + lane % 4 * 2;
+                float* to = scores + (m + lane / 4) * score_pitch + n + 8 * j + lane % 4 * 2;
                 to[0] = score[0][j][0] + score[1][j][0];
                 to[1] = score[0][j][1] + score[1][j][1];
                 to[8 * score_pitch] = score[0][j][2] + score[1][j][2];
@@ -146,25 +143,24 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
         }
         __syncthreads();
         {
-            float value[tile / parts];
+            float value[tile / 8];
             float top = largest;
 #pragma unroll
-            for (int i = 0; i < tile / parts; ++i) {
-                const int t = part + parts * i;
-                const float* of = scores + head * score_pitch + t;
-                value[i] = from + t < range.count ? of[0] + of[heads * score_pitch] : -INFINITY;
+            for (int i = 0; i < tile / 8; ++i) {
+                const int t = part + 8 * i;
+                value[i] = from + t < range.count ? scores[head * score_pitch + t] : -INFINITY;
                 top = fmaxf(top, value[i]);
             }
-            top = lanes_max<parts>(top);
+            top = lanes_max<8>(top);
             const float shrink = __expf(largest - top);
             float some = 0;
 #pragma unroll
-            for (int i = 0; i < tile / parts; ++i) {
+            for (int i = 0; i < tile / 8; ++i) {
                 const float w = __expf(value[i] - top);
                 some += w;
-                weights[head * weight_pitch + part + parts * i] = __float2half_rn(w);
+                weights[head * weight_pitch + part + 8 * i] = __float2half_rn(w);
             }
-            total = total * shrink + lanes_sum<parts>(some);
+            total = total * shrink + lanes_sum<8>(some);
             largest = top;
             if (part == 0) shrinks[head] = shrink;
         }
@@ -174,7 +170,7 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
             for (int m = 0; m < 2; ++m) {
                 const float upper = shrinks[16 * m + lane / 4], lower = shrinks[16 * m + lane / 4 + 8];
 #pragma unroll
-                for (int j = 0; j < eights; ++j) {
+                for (int j = 0; j < 8; ++j) {
                     sum[m][j][0] *= upper, sum[m][j][1] *= upper, sum[m][j][2] *= lower, sum[m][j][3] *= lower;
                 }
             }
@@ -188,7 +184,7 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
                 load_matrices(x[0], left + 2 * k);
                 load_matrices(x[1], left + 2 * (16 * weight_pitch + k));
 #pragma unroll
-                for (int j = 0; j < eights; j += 2) {
+                for (int j = 0; j < 8; j += 2) {
                     std::uint32_t y[4];
                     load_transposed(y, right + 2 * (k * pitch + 8 * j));
 #pragma unroll
@@ -222,7 +218,7 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
             if (h >= a.heads) continue;
             float* to = partial + h * attend_pitch(a.rank) + column + lane % 4 * 2;
 #pragma unroll
-            for (int j = 0; j < eights; ++j) {
+            for (int j = 0; j < 8; ++j) {
                 *reinterpret_cast<float2*>(to + 8 * j) = {sum[m][j][2 * lower], sum[m][j][2 * lower + 1]};
             }
         }
@@ -253,9 +249,9 @@ cudaError_t latent_attend(const latent_attend_args& a, cudaStream_t stream) {
         e = start(latent_attend_kernel, grid_of(a.splits, a.row_count, ceil_div(a.heads, attend_heads)), attend_threads,
                   bytes, stream, a);
     }
-    return e != cudaSuccess ? e
-                            : start(latent_join_kernel, grid_of(a.heads, a.row_count, a.rank % 16 == 0 ? 4 : 1),
-                                    join_threads, 0, stream, a, tile);
+    if (e != cudaSuccess) return e;
+    const bool few = a.heads * a.row_count <= 64 && a.rank % 16 == 0;  // then the heads alone do not fill the device
+    return start(latent_join_kernel, grid_of(a.heads, a.row_count, few ? 4 : 1), join_threads, 0, stream, a, tile);
 }
 
 }  // namespace keel::cuda_launch

@@ -167,17 +167,7 @@ __global__ void __launch_bounds__(join_threads)
     const float* partial = a.partial + attend_partial(a, blockIdx.y, 0) + h * attend_pitch(a.rank);
     const long long distance = static_cast<long long>(a.heads) * attend_pitch(a.rank);
 
-    const int lanes = a.rank / (4 * gridDim.z), groups = join_threads / lanes, group = threadIdx.x / lanes;
-    const int column = 4 * (blockIdx.z * lanes + threadIdx.x % lanes);
-    const auto part_of = [&](int split) {
-        return *reinterpret_cast<const float4*>(partial + split * distance + column);
-    };
-
     wait_for_previous();
-    constexpr int ahead = 9;  // asked for before their weights are known
-    float4 first[ahead];
-#pragma unroll
-    for (int j = 0; j < ahead; ++j) first[j] = part_of(min(group + j * groups, splits - 1));
     const bool mine = threadIdx.x < splits;
     const float top = mine ? partial[threadIdx.x * distance + a.rank] : -INFINITY;
     const float some = mine ? partial[threadIdx.x * distance + a.rank + 1] : 0.0f;
@@ -189,17 +179,15 @@ __global__ void __launch_bounds__(join_threads)
     if (threadIdx.x < attend_most_splits) weight[threadIdx.x] = factor;
     const float total = block_sum(factor * some);  // a barrier for weight, too
 
+    const int lanes = a.rank / (4 * gridDim.z), groups = join_threads / lanes, group = threadIdx.x / lanes;
+    const int column = 4 * (blockIdx.z * lanes + threadIdx.x % lanes);
     float4 sum{};
-    const auto add = [&](int split, const float4& x) {
-        const float w = weight[split];
-        sum = {sum.x + w * x.x, sum.y + w * x.y, sum.z + w * x.z, sum.w + w * x.w};
-    };
     if (group < groups) {
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) {
-            if (group + j * groups < splits) add(group + j * groups, first[j]);
+#pragma unroll 8
+        for (int i = group; i < splits; i += groups) {
+            const float4 x = *reinterpret_cast<const float4*>(partial + i * distance + column);
+            sum = {sum.x + weight[i] * x.x, sum.y + weight[i] * x.y, sum.z + weight[i] * x.z, sum.w + weight[i] * x.w};
         }
-        for (int i = group + ahead * groups; i < splits; i += groups) add(i, part_of(i));
     }
     sums[threadIdx.x] = sum;
     __syncthreads();

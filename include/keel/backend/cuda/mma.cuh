@@ -132,18 +132,25 @@ struct stage_copy {
         }
 #endif
     }
-    /// A multiple of 16 bytes, the same in all lanes. `once`: nobody reads them again soon, so they are the first to
+    /// A multiple of 16 bytes, the same in all lanes. `Once`: nobody reads them again soon, so they are the first to
     /// leave L2, which has better to hold: code, parameters and activations of kernels to come.
-    __device__ void whole(void* to, const void* from, int bytes, bool once = false) const {
+    template <bool Once = false>
+    __device__ void whole(void* to, const void* from, int bytes) const {
 #if __CUDA_ARCH__ >= 900
-        if (lane == 0) {
-            unsigned long long once_policy, policy;
-            asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once_policy));
-            asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+        if (lane != 0) return;
+        if constexpr (Once) {
+            unsigned long long policy;
+            asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
             asm volatile(
                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
                 "[%3], %4;" ::"r"(shared_address(to)),
-                "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(once ? once_policy : policy)
+                "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(policy)
+                : "memory");
+        } else {
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                    shared_address(to)),
+                "l"(from), "r"(bytes), "r"(shared_address(&full))
                 : "memory");
         }
 #else

@@ -36,7 +36,7 @@ public:
         if (at.round > 0) free_[at.slot].wait((at.round - 1) & 1);
         const stage_copy copy{full_[at.slot], static_cast<int>(threadIdx.x % warp_size)};
         copy.begin(bytes);
-        if (bytes > 0) copy.whole(to, from, bytes, true);
+        if (bytes > 0) copy.whole<true>(to, from, bytes);
         copy.end();
     }
     __device__ void wait(const cursor& at) { full_[at.slot].wait(at.round & 1); }
