@@ -73,7 +73,8 @@ struct kda_operands {
         const kda_factors<D>& f = stage.factors;
 #pragma unroll
         for (int i = 0; i < steps; ++i) erase[i % 2][i / 2] = f.erase[i % 2][part * (steps / 2) + i / 2][lane];
-        solve = f.solve[lane], mix = f.mix[lane];
+        if (part == 0) solve = f.solve[lane];
+        if (part == kda_parts<D> - 1) mix = f.mix[lane];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int t = 2 * quad + i / 2 * 8, c = column + i % 2 * 8;

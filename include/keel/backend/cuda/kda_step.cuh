@@ -89,13 +89,13 @@ private:
 
 /// Grid: (slabs, heads, segments).
 template <int D>
-__global__ void __launch_bounds__(256) kda_step_kernel(const __grid_constant__ launch::kda_args a) {
+__global__ void __launch_bounds__(256, 5) kda_step_kernel(const __grid_constant__ launch::kda_args a) {
     using slab = kda_slab<D>;
     __shared__ __align__(16) float decay[D], k[D], q[D], v[slab::columns], sums[slab::sum_floats];
-    wait_for_previous();
     const int first = blockIdx.x * slab::columns, h = blockIdx.y;
     const launch::segment segment = a.segments[blockIdx.z];
     float* state = reinterpret_cast<float*>(segment.recurrent) + a.layer * a.layout.layer_floats + h * D * D;
+    wait_for_previous();
     slab s;
     s.read(state, first);
     const float scale = 1.0f / sqrtf(static_cast<float>(D));
