@@ -97,13 +97,14 @@ void check_sparse(gpu& g, precision p, random_numbers& random, const sparse_shap
 }
 
 struct latent_shape {
-    dtype key, value;
+    dtype key, value, project;
     index heads, own, position, rank, out;
 };
 
 /// latent_mix against the operations that it stands for, one row each of sequences of these lengths.
 void check_latent_mix(gpu& g, random_numbers& random, const latent_shape& s, const std::vector<index>& lengths) {
-    CAPTURE(info(s.key).name, info(s.value).name, s.heads, s.own, s.position, s.rank, s.out, lengths);
+    CAPTURE(info(s.key).name, info(s.value).name, info(s.project).name, s.heads, s.own, s.position, s.rank, s.out,
+            lengths);
     auto host = make_reference();
     const memory_layout layout{.mla_layers = 2, .latent_width = s.rank + s.position, .cache = dtype::f16};
     std::vector<sequences::shape> shapes;
@@ -111,16 +112,18 @@ void check_latent_mix(gpu& g, random_numbers& random, const latent_shape& s, con
     sequences theirs(layout, shapes, random);
     auto mine = theirs;
     const index n = theirs.rows();
-    const random_matrix key(s.key, s.heads, s.rank, s.own, 41), value(s.value, s.heads, s.out, s.rank, 42);
+    const index hidden = 96;
+    const random_matrix key(s.key, s.heads, s.rank, s.own, 41), value(s.value, s.heads, s.out, s.rank, 42),
+        project(s.project, 1, hidden, s.heads * s.out, 43);
     array q = random.normal(n * s.heads * (s.own + s.position)), latent = random.normal(n * (s.rank + s.position)),
-          norm = random.uniform(s.rank, 0.5f, 2.0f), out(n * s.heads * s.out);
+          norm = random.uniform(s.rank, 0.5f, 2.0f), out(n * s.heads * s.out), x = random.normal(n * hidden);
     const auto there = g.put(q.as(n, s.heads, s.own + s.position));
-    const auto there_out = g.put(out.as(n, s.heads, s.out));
-    const auto mk = g.b.bind(key, nullptr), mv = g.b.bind(value, nullptr);
+    const auto there_x = g.put(x.as(n, hidden));
+    const auto mk = g.b.bind(key, nullptr), mv = g.b.bind(value, nullptr), mo = g.b.bind(project, nullptr);
     const auto there_latent = g.put(latent.as(n, s.rank + s.position));
     const auto there_norm = g.put(norm.as(s.rank));
     const auto of = [&](std::span<const segment> segments) -> latent_mix_args<cuda::matrix> {
-        return {there, there_latent, there_norm, mk, mv, 1e-5f, 0.3f, 1, segments, layout, there_out};
+        return {there, there_latent, there_norm, mk, mv, 1e-5f, 0.3f, 1, segments, layout, mo, there_x};
     };
     const auto args = of(g.put(mine));
     segment longer = args.segments.front();
@@ -137,12 +140,24 @@ void check_latent_mix(gpu& g, random_numbers& random, const latent_shape& s, con
     host.latent_attend({q_latent.as(n, s.heads, s.rank), asked.columns(s.own, s.position), 0.3f, 1, theirs.segments(),
                         layout, mixed.as(n, s.heads, s.rank)});
     host.matmul_heads({host.bind(value, nullptr), mixed.as(n, s.heads, s.rank), out.as(n, s.heads, s.out)});
+    array added(n * hidden);
+    host.matmul(out.as(n, s.heads * s.out), {{host.bind(project, nullptr), added.as(n, hidden)}});
     CHECK(relative_error(mine.latents(1), theirs.latents(1)) <= 1e-4);
     CHECK(mine.latents(0) == theirs.latents(0));
-    CHECK(relative_error(g.get(there_out), out.values) <= std::max(allowed(s.value, precision::fast), 3e-3));
-    const auto once = g.get(there_out);
-    for (int i = 0; i < 20; ++i) g.b.latent_mix(args);
-    CHECK(g.get(there_out) == once);
+    const auto difference = [&] {
+        auto values = g.get(there_x);
+        for (std::size_t i = 0; i < values.size(); ++i) values[i] -= x.values[i];
+        return values;
+    };
+    const double tolerance = allowed(s.value, precision::fast) + allowed(s.project, precision::fast);
+    const auto once = g.get(there_x);
+    CHECK(relative_error(difference(), added.values) <= std::max(tolerance, 3e-3));
+    for (int i = 0; i < 20; ++i) {
+        g.b.upload(reinterpret_cast<std::byte*>(there_x.data), reinterpret_cast<const std::byte*>(x.values.data()),
+                   there_x.size() * static_cast<index>(sizeof(float)));
+        g.b.latent_mix(args);
+        CHECK(g.get(there_x) == once);
+    }
 }
 
 }  // namespace
@@ -182,13 +197,15 @@ TEST_CASE("a small sparse layer of one row") {
     check_sparse(g, precision::fast, random, {dtype::q4_k, dtype::q6_k, 256, 256, 16, 4, true}, {1});
 }
 
-TEST_CASE("an MLA layer between its products, few rows over short caches") {
+TEST_CASE("an MLA layer behind its first products, few rows over short caches") {
     gpu g(precision::fast);
     random_numbers random(25);
-    for (const latent_shape& s : std::vector<latent_shape>{{dtype::q8_0, dtype::q4_k, 32, 128, 64, 512, 128},
-                                                           {dtype::q8_0, dtype::q6_k, 5, 64, 16, 256, 96},
-                                                           {dtype::f16, dtype::q8_0, 3, 32, 32, 96, 35},
-                                                           {dtype::q4_0, dtype::f32, 2, 96, 0, 64, 8}}) {
+    for (const latent_shape& s :
+         std::vector<latent_shape>{{dtype::q8_0, dtype::q4_k, dtype::q4_k, 32, 128, 64, 512, 128},
+                                   {dtype::q8_0, dtype::q6_k, dtype::q6_k, 8, 64, 16, 256, 96},
+                                   {dtype::q8_0, dtype::q6_k, dtype::q8_0, 5, 64, 16, 256, 96},
+                                   {dtype::f16, dtype::q8_0, dtype::f16, 3, 32, 32, 96, 35},
+                                   {dtype::q4_0, dtype::f32, dtype::f32, 2, 96, 0, 64, 8}}) {
         for (const index length : {0, 1, 15, 16, 63, 64, 130, 191}) check_latent_mix(g, random, s, {length});
         check_latent_mix(g, random, s, {7, 100});
     }
@@ -197,7 +214,7 @@ TEST_CASE("an MLA layer between its products, few rows over short caches") {
 TEST_CASE("a small MLA layer of one row") {
     gpu g(precision::fast);
     random_numbers random(26);
-    check_latent_mix(g, random, {dtype::q8_0, dtype::q4_k, 3, 64, 16, 256, 32}, {70});
+    check_latent_mix(g, random, {dtype::q8_0, dtype::q4_k, dtype::q8_0, 3, 64, 16, 256, 32}, {70});
 }
 
 }  // namespace keel::testing

@@ -255,7 +255,8 @@ struct shortlist_args {
 ///   norm_matmul(x, norm, epsilon, products)   rms_norm and then matmul
 ///   kda_inputs(kda_inputs_args)               what the recurrence needs, in one, see fused.hpp
 ///   kda_mix(kda_mix_args), mixes(batch)       a KDA layer behind its first products, and for which batches
-///   latent_mix(latent_mix_args), mixes(latent_mix_args)   an MLA layer between its products, and for which of them
+///   latent_mix(latent_mix_args), mixes(latent_mix_args)   an MLA layer behind its first products, and for
+///                                             which of them
 ///   moe(moe_args)                             a sparse layer, from its norm on
 ///   keep(keep_args)                           keeping rows, which rewinding by replay needs
 ///   shortlist(shortlist_args), scatter(scatter_args)   leaving logits where they are until a sampler needs them all

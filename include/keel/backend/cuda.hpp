@@ -150,22 +150,12 @@ public:
     void kda_mix(const kda_mix_args<matrix>& a) {
         const arena::scope scope(workspace());
         const index n = a.x.extent[0], slabs = a.layout.head_dim / 32;
-        const bool codes = quantise(a.layout.channels()) == 1 && is_integer(a.out);
-        const index units = a.layout.channels() / 32, code_bytes = cuda_launch::code_row_bytes(number(units));
-        const auto out = workspace().take<float>(codes ? 0 : n, a.layout.channels());
-        const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
-        const auto squares = workspace().take<float>(n, a.layout.heads * slabs);
         cuda_launch::kda_mix_args mix = arguments(a, table_.segments(a.segments));
-        mix.out = codes ? nullptr : out.data;
-        mix.out_row = out.stride[0];
-        mix.codes = codes ? coded.data : nullptr;
+        cuda_launch::matvec_args project = take_mixed(n, a.layout.head_dim, a.out, mix);
+        const auto squares = workspace().take<float>(n, a.layout.heads * slabs);
         mix.squares = squares.data;
         call("kda_mix", cuda_launch::kda_mix(mix, stream()));
-        cuda_launch::matvec_args project = input(out);
-        project.before = codes ? cuda_launch::prologue::codes : cuda_launch::prologue::head_norm;
-        project.codes = coded.data;
-        project.codes_row = code_bytes;
-        project.rows = number(n);
+        if (mix.codes == nullptr) project.before = cuda_launch::prologue::head_norm;
         project.squares = squares.data;
         project.epsilon = a.epsilon;
         project.head_dim = number(a.layout.head_dim);
@@ -184,15 +174,22 @@ public:
     }
 
     void latent_mix(const latent_mix_args<matrix>& a) {
-        call("latent_mix", cuda_launch::latent_mix(arguments(a, table_.segments(a.segments)), stream()));
+        const arena::scope scope(workspace());
+        cuda_launch::latent_mix_args mix = arguments(a, table_.segments(a.segments));
+        const cuda_launch::matvec_args project = take_mixed(a.x.extent[0], a.value_up.on_device.rows, a.out, mix);
+        call("latent_mix", cuda_launch::latent_mix(mix, stream()));
+        multiply(project, {{a.out, a.x, true}});
     }
 
     void latent_append(const latent_append_args& a) {
+        const index rows = rows_of(a.segments).count;
+        const bool split = on()->precision() == precision::fast && 2 * rows <= on()->multiprocessors();
         call("latent_append",
-             cuda_launch::latent_append({a.rows.data, a.rows.stride[0], a.weight.data, table_.segments(a.segments),
-                                         number(std::ssize(a.segments)), number(rows_of(a.segments).count),
-                                         number(a.weight.extent[0]), number(a.layer), a.epsilon, plain(a.layout)},
-                                        stream()));
+             cuda_launch::latent_append(
+                 {a.rows.data, a.rows.stride[0], a.weight.data, table_.segments(a.segments),
+                  number(std::ssize(a.segments)), number(rows), number(a.weight.extent[0]), number(a.layer), a.epsilon,
+                  plain(a.layout), split ? number(splits_of(rows, *on())) : 0},
+                 stream()));
     }
 
     void latent_attend(const latent_attend_args& a) {
@@ -200,20 +197,16 @@ public:
         const index heads = a.q_latent.extent[1], rank = a.q_latent.extent[2];
         const auto [first, count] = rows_of(a.segments);
         const auto partial = workspace().take<float>(partial_floats(heads, rank));
-        // With `exact`, how the cache is split does not depend on what else is in the batch.
         const index at_once = attend_blocks / exact_splits;
         const index step = on()->precision() == precision::exact ? at_once : attend_blocks;
         for (index r = 0; r < count; r += step) {
             const index rows = std::min(step, count - r);
-            const index splits = on()->precision() == precision::exact
-                                     ? exact_splits
-                                     : std::clamp<index>(on()->multiprocessors() / rows, 1, attend_blocks / rows);
             cuda_launch::latent_attend_args some = arguments(a, table_.segments(a.segments));
             some.halves = on()->precision() == precision::fast ? 1 : 0;
             some.first_row = number(first + r);
             some.row_count = number(rows);
             some.partial = partial.data;
-            some.splits = number(splits);
+            some.splits = number(splits_of(rows, *on()));
             call("latent_attend", cuda_launch::latent_attend(some, stream()));
         }
     }
@@ -320,16 +313,6 @@ public:
     }
 
 private:
-    /// Up to how many rows, and positions behind which, latent_mix is worth it.
-    static constexpr index mix_rows = 2, short_positions = 192;
-    static_assert(short_positions <= memory_layout::block_rows);
-
-    /// Whether the segments are of one row each and end early: passes with such take other kernels.
-    static bool are_short(std::span<const segment> segments) {
-        return std::ranges::all_of(segments,
-                                   [](const segment& s) { return s.rows == 1 && s.position < short_positions; });
-    }
-
     /// Whether products with these rows are computed on tensor cores.
     [[nodiscard]] bool many(view<const float, 2> x) const {
         return on()->precision() == precision::fast && cuda_prefill::serves(x);
@@ -360,6 +343,26 @@ private:
         return a;
     }
 
+    /// Takes what a mixer's kernel leaves for W_out, activations of heads of that width or codes of them, and answers
+    /// W_out's input.
+    template <class Mix>
+    [[nodiscard]] cuda_launch::matvec_args take_mixed(index n, index head, const matrix& out, Mix& mix) {
+        const index columns = out.on_device.columns;
+        const bool codes = quantise(columns) == 1 && is_integer(out) && head % 32 == 0;
+        const index code_bytes = cuda_launch::code_row_bytes(number(columns / 32));
+        const auto values = workspace().take<float>(codes ? 0 : n, columns);
+        const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
+        mix.out = codes ? nullptr : values.data;
+        mix.out_row = values.stride[0];
+        mix.codes = codes ? coded.data : nullptr;
+        cuda_launch::matvec_args a = input(values);
+        a.rows = number(n);
+        if (codes) a.before = cuda_launch::prologue::codes;
+        a.codes = coded.data;
+        a.codes_row = code_bytes;
+        return a;
+    }
+
     void multiply(cuda_launch::matvec_args a, std::initializer_list<linear<matrix>> products) {
         for_each_list(products, [&](const cuda_launch::product* list, int count) {
             std::copy_n(list, count, a.list);
@@ -383,6 +386,7 @@ private:
         const index units = (std::max(a.gate.rows, shared ? a.shared_gate.rows : 0) + 31) / 32;
         const index slots = index{a.rows} * (a.k + (shared ? 1 : 0));
         a.hidden = workspace().take<float>(slots * units * (cuda_launch::hidden_unit_bytes / 4)).data;
+        a.choice = workspace().take<unsigned long long>(a.k).data;
         call("experts", cuda_launch::experts(a, stream()));
     }
 

@@ -34,8 +34,8 @@ struct kda_mix_args {
     view<float, 2> x;  // (n, hidden), the residual stream
 };
 
-/// latent_mix: all of an MLA layer between its products, for what mixes(latent_mix_args) says yes to: latent_append,
-/// matmul_heads with key_up, latent_attend and matmul_heads with value_up.
+/// latent_mix: all of an MLA layer behind its first products, for what mixes(latent_mix_args) says yes to:
+/// latent_append, matmul_heads with key_up, latent_attend and matmul_heads with value_up;   x += W_out (that)
 template <class Matrix>
 struct latent_mix_args {
     view<const float, 3> q;       // (n, H, N + P)
@@ -48,7 +48,8 @@ struct latent_mix_args {
     index layer;  // among the MLA layers
     std::span<const segment> segments;
     const memory_layout& layout;
-    view<float, 3> out;  // (n, H, V)
+    const Matrix& out;  // (hidden, H V)
+    view<float, 2> x;   // (n, hidden), the residual stream
 };
 
 /// kda_inputs: all that prepares the inputs of the recurrence, in place:

@@ -30,16 +30,12 @@ void mla(B& b, const config& c, const mla_weights<B>& w, view<const float, 1> no
     const auto latent = memory.take<float>(n, c.latent_width());
     project(b, x, norm, c.epsilon, {{w.q, queries}, {w.latent, latent}});
     const auto q = queries.split(c.own_dim + c.position_dim);
-    const auto out = memory.take<float>(n, c.heads, c.value_dim);
-    const auto finish = [&] { b.matmul(view<const float, 2>{out.data, n, c.heads * c.value_dim}, {{w.out, x, true}}); };
     if constexpr (requires(latent_mix_args<typename B::matrix> fused) { b.latent_mix(fused); }) {
         const latent_mix_args<typename B::matrix> all{q,     latent, w.latent_norm, w.key_up,     w.value_up, c.epsilon,
-                                                      scale, layer,  rows.segments, *rows.layout, out};
-        if (b.mixes(all)) {
-            b.latent_mix(all);
-            return finish();
-        }
+                                                      scale, layer,  rows.segments, *rows.layout, w.out,      x};
+        if (b.mixes(all)) return b.latent_mix(all);
     }
+    const auto out = memory.take<float>(n, c.heads, c.value_dim);
     b.latent_append({latent, w.latent_norm, c.epsilon, layer, rows.segments, *rows.layout});
 
     if (const auto short_ones = rows.shorter_than(b.prefill_from()); !short_ones.empty()) {
@@ -54,7 +50,7 @@ void mla(B& b, const config& c, const mla_weights<B>& w, view<const float, 1> no
     if (const auto long_ones = rows.at_least(b.prefill_from()); !long_ones.empty()) {
         b.expanded_attend({q, w.key_up, w.value_up, scale, layer, long_ones, *rows.layout, out});
     }
-    finish();
+    b.matmul(view<const float, 2>{out.data, n, c.heads * c.value_dim}, {{w.out, x, true}});
 }
 
 }  // namespace keel::inline KEEL_ABI

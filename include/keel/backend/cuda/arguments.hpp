@@ -217,15 +217,23 @@ protected:
 
     static cuda_launch::latent_mix_args arguments(const latent_mix_args<cuda_matrix>& a,
                                                   const cuda_launch::segment* segments) {
-        return {a.q.data,           a.latent.data,
-                a.norm.data,        a.q.stride[0],
-                a.q.stride[1],      a.latent.stride[0],
-                a.key_up.on_device, a.value_up.on_device,
-                segments,           number(std::ssize(a.segments)),
-                number(a.layer),    plain(a.layout),
-                a.epsilon,          a.scale,
-                a.out.data,         a.out.stride[0],
-                a.out.stride[1]};
+        return {a.q.data,
+                a.latent.data,
+                a.norm.data,
+                a.q.stride[0],
+                a.q.stride[1],
+                a.latent.stride[0],
+                a.key_up.on_device,
+                a.value_up.on_device,
+                segments,
+                number(std::ssize(a.segments)),
+                number(a.layer),
+                plain(a.layout),
+                a.epsilon,
+                a.scale,
+                nullptr,
+                nullptr,
+                0};
     }
 
     /// Without which rows, and how they are split.

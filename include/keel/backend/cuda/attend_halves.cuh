@@ -9,15 +9,19 @@
 
 namespace keel::cuda_kernels {
 
+/// Of as many warps: 8, or 16 that share the columns of the scores too.
+template <int Warps>
 struct halves_attention {
-    static constexpr int heads = 32, tile = 64, threads = 256, columns_of_warp = 64;
+    static constexpr int heads = 32, tile = halves_tile, threads = Warps * warp_size, score_parts = Warps / 8;
+    static constexpr int columns_of_warp = attend_most_rank / Warps;
 
     /// What shared memory holds; rows are padded by 16 bytes against bank conflicts.
     int width, stages;
 
     __host__ __device__ int pitch() const { return width + 8; }
     __host__ __device__ int bytes() const {
-        return 2 * pitch() * (heads + stages * tile) + 4 * heads * (tile + 4) + 2 * heads * (tile + 8) + 4 * heads;
+        return 2 * pitch() * (heads + stages * tile) + 4 * score_parts * heads * (tile + 4) + 2 * heads * (tile + 8) +
+               4 * heads;
     }
 
     /// Whether all heads of all rows can be read 16 bytes at a time.
@@ -27,36 +31,39 @@ struct halves_attention {
 
     /// Whether the kernel serves these shapes.
     static bool serves(const launch::latent_attend_args& a) {
-        return a.halves && a.layout.half && a.rank % columns_of_warp == 0 && a.rank <= 8 * columns_of_warp &&
-               a.layout.latent_width % 16 == 0 && readable(a.q_latent, a.latent_row, a.latent_head) &&
+        return a.halves && a.layout.half && a.rank % columns_of_warp == 0 && a.layout.latent_width % 16 == 0 &&
+               readable(a.q_latent, a.latent_row, a.latent_head) &&
                readable(a.q_position, a.position_row, a.position_head);
     }
 };
 
 /// Grid: (splits, rows, groups of 32 heads).
-__global__ void __launch_bounds__(halves_attention::threads, 1)
-    attend_halves_kernel(const __grid_constant__ launch::latent_attend_args a, const halves_attention shape) {
+template <int Warps>
+__global__ void __launch_bounds__(halves_attention<Warps>::threads, 1)
+    attend_halves_kernel(const __grid_constant__ launch::latent_attend_args a, const halves_attention<Warps> shape) {
     using namespace cuda_launch::detail;
-    constexpr int heads = halves_attention::heads, tile = halves_attention::tile, threads = halves_attention::threads;
+    using attention = halves_attention<Warps>;
+    constexpr int heads = attention::heads, tile = attention::tile, threads = attention::threads;
+    constexpr int score_parts = attention::score_parts;
     constexpr int score_pitch = tile + 4, weight_pitch = tile + 8;
     extern __shared__ __align__(16) unsigned char memory[];
     const int width = shape.width, pitch = shape.pitch();
-    __half* const q = reinterpret_cast<__half*>(memory);                                  // (heads, pitch)
-    __half* const cache = q + heads * pitch;                                              // (stages, tile, pitch)
-    float* const scores = reinterpret_cast<float*>(cache + shape.stages * tile * pitch);  // (heads, score_pitch)
-    __half* const weights = reinterpret_cast<__half*>(scores + heads * score_pitch);      // (heads, weight_pitch)
-    float* const shrinks = reinterpret_cast<float*>(weights + heads * weight_pitch);      // (heads)
+    __half* const q = reinterpret_cast<__half*>(memory);  // (heads, pitch)
+    __half* const cache = q + heads * pitch;              // (stages, tile, pitch)
+    float* const scores =
+        reinterpret_cast<float*>(cache + shape.stages * tile * pitch);  // (score_parts, heads, score_pitch)
+    __half* const weights =
+        reinterpret_cast<__half*>(scores + score_parts * heads * score_pitch);        // (heads, weight_pitch)
+    float* const shrinks = reinterpret_cast<float*>(weights + heads * weight_pitch);  // (heads)
 
     const int r = a.first_row + blockIdx.y, first_head = blockIdx.z * heads;
     const launch::segment& s = segment_of(a.segments, a.segment_count, r);
     const split_range range(s.position + r - s.first_row + 1, a.splits, blockIdx.x, tile);
-    wait_for_previous();
-    if (range.count == 0) return;
-
     // A warp copies a row at a time. A tile starts at a multiple of its size and so lies in one block of the cache.
     const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     constexpr int warps = threads / warp_size;
-    const auto fetch = [&](int from, int stage) {
+    const auto fetch = [&](int from, int stage) {  // nothing behind the end
+        if (from >= range.count) return commit_copies();
         const unsigned char* rows = latent_row(a.layout, s, a.layer, range.first + from);
         __half* to = cache + stage * tile * pitch;
 #pragma unroll 4
@@ -68,7 +75,15 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
         }
         commit_copies();
     };
-    fetch(0, 0);
+    // What was in the cache before this batch does not have to be waited for.
+    int ahead = 0;
+    for (; ahead < shape.stages && ahead * tile < range.count; ++ahead) {
+        if (range.first + (ahead + 1) * tile > s.position) break;
+        fetch(ahead * tile, ahead);
+    }
+    wait_for_previous();
+    if (range.count == 0) return;
+    for (; ahead < shape.stages; ++ahead) fetch(ahead * tile, ahead);
     // All that a warp converts is asked for at once, from inside the row where it would be behind the end.
     constexpr int heads_of_warp = heads / warps, pieces = 5, columns = 4 * warp_size;
     for (int from = 0; from < width; from += pieces * columns) {
@@ -99,14 +114,14 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
     }
 
     const int matrix = lane / 8, line = lane % 8;
-    const int head = threadIdx.x / 8, part = threadIdx.x % 8;  // in the softmax
+    constexpr int parts = threads / heads;
+    const int head = threadIdx.x / parts, part = threadIdx.x % parts;  // in the softmax
     float largest = -INFINITY, total = 0;
-    float sum[2][8][4] = {};  // 32 heads, 64 columns of the warp
-    const int column = warp * halves_attention::columns_of_warp;
+    constexpr int eights = attention::columns_of_warp / 8;
+    float sum[2][eights][4] = {};  // 32 heads, the warp's columns
+    const int column = warp * attention::columns_of_warp;
     for (int from = 0, stage = 0; from < range.count; from += tile) {
-        const bool more = from + tile < range.count;
-        if (more && shape.stages == 2) {
-            fetch(from + tile, stage ^ 1);
+        if (shape.stages == 2) {
             wait_copies<1>();
         } else {
             wait_copies<0>();
@@ -114,14 +129,14 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
         __syncthreads();
         const __half* const rows = cache + stage * tile * pitch;
 
-        // Scores: a warp takes 16 heads and 16 positions, even and odd steps in chains of their own.
+        // Scores: a warp takes 16 heads, 16 positions and, with 16 warps, every other 32 columns.
         {
-            const int m = warp % 2 * 16, n = warp / 2 * 16;
+            const int m = warp % 2 * 16, n = warp / 2 % 4 * 16, of_part = warp / 8;
             const std::uint32_t left = shared_address(q + (m + matrix % 2 * 8 + line) * pitch + matrix / 2 * 8);
             const std::uint32_t right = shared_address(rows + (n + matrix / 2 * 8 + line) * pitch + matrix % 2 * 8);
             float score[2][2][4] = {};
-#pragma unroll 4
-            for (int k = 0; k < width; k += 32) {
+#pragma unroll 3
+            for (int k = 32 * of_part; k < width; k += 32 * score_parts) {
 #pragma unroll
                 for (int odd = 0; odd < 2; ++odd) {
                     if (k + 16 * odd >= width) break;
@@ -134,7 +149,7 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                float* to = scores + (m + lane / 4) * score_pitch + n + 8 * j + lane % 4 * 2;
+                float* to = scores + (of_part * heads + m + lane / 4) * score_pitch + n + 8 * j + lane % 4 * 2;
                 to[0] = score[0][j][0] + score[1][j][0];
                 to[1] = score[0][j][1] + score[1][j][1];
                 to[8 * score_pitch] = score[0][j][2] + score[1][j][2];
@@ -143,24 +158,27 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
         }
         __syncthreads();
         {
-            float value[tile / 8];
+            float value[tile / parts];
             float top = largest;
 #pragma unroll
-            for (int i = 0; i < tile / 8; ++i) {
-                const int t = part + 8 * i;
-                value[i] = from + t < range.count ? scores[head * score_pitch + t] : -INFINITY;
+            for (int i = 0; i < tile / parts; ++i) {
+                const int t = part + parts * i;
+                const float* of = scores + head * score_pitch + t;
+                float score = of[0];
+                if constexpr (score_parts == 2) score += of[heads * score_pitch];
+                value[i] = from + t < range.count ? score : -INFINITY;
                 top = fmaxf(top, value[i]);
             }
-            top = lanes_max<8>(top);
+            top = lanes_max<parts>(top);
             const float shrink = __expf(largest - top);
             float some = 0;
 #pragma unroll
-            for (int i = 0; i < tile / 8; ++i) {
+            for (int i = 0; i < tile / parts; ++i) {
                 const float w = __expf(value[i] - top);
                 some += w;
-                weights[head * weight_pitch + part + 8 * i] = __float2half_rn(w);
+                weights[head * weight_pitch + part + parts * i] = __float2half_rn(w);
             }
-            total = total * shrink + lanes_sum<8>(some);
+            total = total * shrink + lanes_sum<parts>(some);
             largest = top;
             if (part == 0) shrinks[head] = shrink;
         }
@@ -170,7 +188,7 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
             for (int m = 0; m < 2; ++m) {
                 const float upper = shrinks[16 * m + lane / 4], lower = shrinks[16 * m + lane / 4 + 8];
 #pragma unroll
-                for (int j = 0; j < 8; ++j) {
+                for (int j = 0; j < eights; ++j) {
                     sum[m][j][0] *= upper, sum[m][j][1] *= upper, sum[m][j][2] *= lower, sum[m][j][3] *= lower;
                 }
             }
@@ -184,7 +202,7 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
                 load_matrices(x[0], left + 2 * k);
                 load_matrices(x[1], left + 2 * (16 * weight_pitch + k));
 #pragma unroll
-                for (int j = 0; j < 8; j += 2) {
+                for (int j = 0; j < eights; j += 2) {
                     std::uint32_t y[4];
                     load_transposed(y, right + 2 * (k * pitch + 8 * j));
 #pragma unroll
@@ -196,11 +214,8 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
             }
         }
         __syncthreads();
-        if (shape.stages == 2) {
-            stage ^= 1;
-        } else if (more) {
-            fetch(from + tile, 0);
-        }
+        fetch(from + shape.stages * tile, stage);
+        if (shape.stages == 2) stage ^= 1;
     }
 
     float* const partial = a.partial + attend_partial(a, blockIdx.y, blockIdx.x);
@@ -218,7 +233,7 @@ __global__ void __launch_bounds__(halves_attention::threads, 1)
             if (h >= a.heads) continue;
             float* to = partial + h * attend_pitch(a.rank) + column + lane % 4 * 2;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
+            for (int j = 0; j < eights; ++j) {
                 *reinterpret_cast<float2*>(to + 8 * j) = {sum[m][j][2 * lower], sum[m][j][2 * lower + 1]};
             }
         }
@@ -232,17 +247,23 @@ namespace keel::cuda_launch {
 cudaError_t latent_attend(const latent_attend_args& a, cudaStream_t stream) {
     using namespace cuda_kernels;
     if (a.rank > attend_most_rank || a.rank % 4 != 0 || a.splits > attend_most_splits) return cudaErrorInvalidValue;
+    const bool few = a.heads * a.row_count <= 64;  // then the heads alone do not fill the device
     int tile = attend_tile;
     cudaError_t e = cudaSuccess;
-    if (halves_attention::serves(a)) {
+    const auto halves = [&]<int Warps>() {
         int device = 0, most = 0;
         cudaGetDevice(&device);
         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        halves_attention shape{a.layout.latent_width, 2};
+        halves_attention<Warps> shape{a.layout.latent_width, 2};
         if (shape.bytes() > most) shape.stages = 1;
-        tile = halves_attention::tile;
-        e = start(attend_halves_kernel, grid_of(a.splits, a.row_count, ceil_div(a.heads, halves_attention::heads)),
-                  halves_attention::threads, shape.bytes(), stream, a, shape);
+        tile = shape.tile;
+        return start(attend_halves_kernel<Warps>, grid_of(a.splits, a.row_count, ceil_div(a.heads, shape.heads)),
+                     shape.threads, shape.bytes(), stream, a, shape);
+    };
+    if (few && halves_attention<16>::serves(a)) {
+        e = halves.template operator()<16>();
+    } else if (halves_attention<8>::serves(a)) {
+        e = halves.template operator()<8>();
     } else {
         const int pitch = a.layout.latent_width + 1;
         const int bytes = 4 * ((attend_heads + attend_tile) * pitch + attend_heads * attend_tile + attend_heads);
@@ -250,8 +271,10 @@ cudaError_t latent_attend(const latent_attend_args& a, cudaStream_t stream) {
                   bytes, stream, a);
     }
     if (e != cudaSuccess) return e;
-    const bool few = a.heads * a.row_count <= 64 && a.rank % 16 == 0;  // then the heads alone do not fill the device
-    return start(latent_join_kernel, grid_of(a.heads, a.row_count, few ? 4 : 1), join_threads, 0, stream, a, tile);
+    constexpr int ahead = 9;  // of 132 splits in groups of 16
+    return few && a.rank % 16 == 0
+               ? start(latent_join_kernel<ahead>, grid_of(a.heads, a.row_count, 4), join_threads, 0, stream, a, tile)
+               : start(latent_join_kernel<1>, grid_of(a.heads, a.row_count), join_threads, 0, stream, a, tile);
 }
 
 }  // namespace keel::cuda_launch

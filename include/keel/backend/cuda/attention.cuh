@@ -29,10 +29,37 @@ __device__ inline const launch::segment& segment_of(const launch::segment* segme
     return segments[i];
 }
 
+/// The positions [first, first + count) of split `i`: multiples of `tile`, the same number for all but the last.
+struct split_range {
+    long long first;
+    int count;
+
+    __device__ split_range(long long length, int splits, int i, int tile) {
+        const long long tiles = (length + tile - 1) / tile;
+        const long long each = (tiles + splits - 1) / splits * tile;
+        first = i * each;
+        count = static_cast<int>(max(0ll, min(each, length - first)));
+    }
+};
+
+/// Positions of a tile of attend_halves.cuh.
+inline constexpr int halves_tile = 64;
+
+/// Grid: (rows, 1 + splits). The first block of a row appends it; the others have nothing to do with that: while the
+/// queries are made, and memory idles, they ask for what attention will read first, a tile of each of its splits.
 __global__ void latent_append_kernel(const __grid_constant__ launch::latent_append_args a) {
     const int r = a.segments[0].first_row + blockIdx.x;
     const launch::segment& s = segment_of(a.segments, a.segment_count, r);
-    unsigned char* to = latent_row(a.layout, s, a.layer, s.position + r - s.first_row);
+    const long long position = s.position + r - s.first_row;
+    if (blockIdx.y > 0) {
+        start_next();
+        wait_for_previous();
+        const split_range range(position + 1, gridDim.y - 1, blockIdx.y - 1, halves_tile);
+        const int bytes = min(range.count, halves_tile) * a.layout.latent_width * 2;
+        if (threadIdx.x == 0 && bytes > 0) prefetch(latent_row(a.layout, s, a.layer, range.first), bytes);
+        return;
+    }
+    unsigned char* to = latent_row(a.layout, s, a.layer, position);
     if (threadIdx.x == 0 && a.rank % 4 == 0 && aligned16(a.weight, a.weight)) {
         prefetch(reinterpret_cast<const unsigned char*>(a.weight), a.rank * 4);
     }
@@ -51,19 +78,6 @@ __global__ void latent_append_kernel(const __grid_constant__ launch::latent_appe
         }
     }
 }
-
-/// The positions [first, first + count) of split `i`: multiples of `tile`, the same number for all but the last.
-struct split_range {
-    long long first;
-    int count;
-
-    __device__ split_range(long long length, int splits, int i, int tile) {
-        const long long tiles = (length + tile - 1) / tile;
-        const long long each = (tiles + splits - 1) / splits * tile;
-        first = i * each;
-        count = static_cast<int>(max(0ll, min(each, length - first)));
-    }
-};
 
 /// Floats from a head to the next in `partial`: its sum, then maximum and total.
 __host__ __device__ constexpr int attend_pitch(int rank) { return rank + 4; }
@@ -154,7 +168,9 @@ __global__ void __launch_bounds__(attend_threads)
 inline constexpr int join_threads = 512, attend_most_splits = 256;
 
 /// Joins the splits of a row and head, in a part of its columns; groups of threads take four columns each of every few
-/// splits. Grid: (heads, rows, parts). `tile` is that of the kernel before.
+/// splits, and ask for the first `Ahead` before their weights are known. Grid: (heads, rows, parts). `tile` is that of
+/// the kernel before.
+template <int Ahead>
 __global__ void __launch_bounds__(join_threads)
     latent_join_kernel(const __grid_constant__ launch::latent_attend_args a, const int tile) {
     __shared__ float weight[attend_most_splits], of_warp[join_threads / warp_size];
@@ -166,8 +182,16 @@ __global__ void __launch_bounds__(join_threads)
     const int splits = static_cast<int>((tiles + each - 1) / each);
     const float* partial = a.partial + attend_partial(a, blockIdx.y, 0) + h * attend_pitch(a.rank);
     const long long distance = static_cast<long long>(a.heads) * attend_pitch(a.rank);
+    const int lanes = a.rank / (4 * gridDim.z), groups = join_threads / lanes, group = threadIdx.x / lanes;
+    const int column = 4 * (blockIdx.z * lanes + threadIdx.x % lanes);
 
     wait_for_previous();
+    const auto part_of = [&](int i) {
+        return i < splits ? *reinterpret_cast<const float4*>(partial + i * distance + column) : float4{};
+    };
+    float4 first[Ahead];
+#pragma unroll
+    for (int j = 0; j < Ahead; ++j) first[j] = part_of(group + j * groups);
     const bool mine = threadIdx.x < splits;
     const float top = mine ? partial[threadIdx.x * distance + a.rank] : -INFINITY;
     const float some = mine ? partial[threadIdx.x * distance + a.rank + 1] : 0.0f;
@@ -179,15 +203,15 @@ __global__ void __launch_bounds__(join_threads)
     if (threadIdx.x < attend_most_splits) weight[threadIdx.x] = factor;
     const float total = block_sum(factor * some);  // a barrier for weight, too
 
-    const int lanes = a.rank / (4 * gridDim.z), groups = join_threads / lanes, group = threadIdx.x / lanes;
-    const int column = 4 * (blockIdx.z * lanes + threadIdx.x % lanes);
     float4 sum{};
+    const auto add = [&](int i, const float4& x) {
+        const float w = i < splits ? weight[i] : 0.0f;
+        sum = {sum.x + w * x.x, sum.y + w * x.y, sum.z + w * x.z, sum.w + w * x.w};
+    };
     if (group < groups) {
-#pragma unroll 8
-        for (int i = group; i < splits; i += groups) {
-            const float4 x = *reinterpret_cast<const float4*>(partial + i * distance + column);
-            sum = {sum.x + weight[i] * x.x, sum.y + weight[i] * x.y, sum.z + weight[i] * x.z, sum.w + weight[i] * x.w};
-        }
+#pragma unroll
+        for (int j = 0; j < Ahead; ++j) add(group + j * groups, first[j]);
+        for (int i = group + Ahead * groups; i < splits; i += groups) add(i, part_of(i));
     }
     sums[threadIdx.x] = sum;
     __syncthreads();
@@ -205,7 +229,9 @@ __global__ void __launch_bounds__(join_threads)
 namespace keel::cuda_launch {
 
 cudaError_t latent_append(const latent_append_args& a, cudaStream_t stream) {
-    return cuda_kernels::start(cuda_kernels::latent_append_kernel, grid_of(a.row_count), 128, 0, stream, a);
+    const bool ahead = a.layout.half && a.layout.latent_width % 8 == 0;
+    return cuda_kernels::start(cuda_kernels::latent_append_kernel, grid_of(a.row_count, 1 + (ahead ? a.splits : 0)),
+                               128, 0, stream, a);
 }
 
 }  // namespace keel::cuda_launch

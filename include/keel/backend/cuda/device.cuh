@@ -35,11 +35,12 @@ __device__ inline void start_next() {
 
 /// Until the previous kernel, and so all before it, are done. Then the next may start: one behind a kernel that did not
 /// call start_next() earlier may read, before it waits, all that was there when this one began.
+template <bool ThenStartNext = true>
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-    start_next();
+    if (ThenStartNext) start_next();
 }
 
 /// Starts a kernel behind the previous one on the stream, overlapping its beginning with that one's end. `cluster`

@@ -198,6 +198,8 @@ __global__ void __launch_bounds__(latent_mix_shape::threads)
 
     weights.wait({2, 1});
     __syncthreads();
+    float* const out = a.codes == nullptr ? a.out + r * a.out_row + h * a.value_up.rows
+                                          : reinterpret_cast<float*>(memory);  // the cache's tile is not read any more
     visit_format(a.value_up.type, [&]<class Format>() {
         const int rows = a.value_up.rows;
         for (int i = threadIdx.x / shape::lanes; i < ceil_div(rows, 8) * 8; i += shape::threads / shape::lanes) {
@@ -206,9 +208,14 @@ __global__ void __launch_bounds__(latent_mix_shape::threads)
                                                                     units_of(s.rank), threadIdx.x % shape::lanes, mixed,
                                                                     0, part_sum);
             const float all = lanes_sum<shape::lanes>(part_sum[0][0]);
-            if (threadIdx.x % shape::lanes == 0 && i < rows) a.out[r * a.out_row + h * a.out_head + i] = all;
+            if (threadIdx.x % shape::lanes == 0 && i < rows) out[i] = all;
         }
     });
+    if (a.codes == nullptr) return;
+    __syncthreads();
+    const int units = units_of(a.value_up.rows), all_units = gridDim.x * units;
+    const staged codes(a.codes + r * staged::code_bytes(all_units), all_units, false);
+    for (int unit = warp; unit < units; unit += shape::warps) put_unit(codes, h * units + unit, out[32 * unit + lane]);
 }
 
 }  // namespace keel::cuda_kernels

@@ -76,7 +76,7 @@ enum class prologue : int {
     none,
     rms_norm,   ///< x / rms(x) * weight
     head_norm,  ///< every head of `head_dim` divided by its rms, from sums of squares
-    codes,      ///< the same for activations that are codes of 8 bits already; only with weights of at most 6 bits
+    codes,      ///< the same, or nothing without `squares`, for codes of 8 bits; only with weights of at most 6 bits
 };
 
 /// out = W x or += W x, for several matrices with one input. With heads > 1, every matrix holds that many, and head h
@@ -93,8 +93,9 @@ struct matvec_args {
     long long x_row, x_head;
     int rows, columns, heads;
     prologue before;
-    const float* norm;     ///< rms_norm: the weight
-    const float* squares;  ///< head_norm: (rows, columns / head_dim, slabs), sums of squares over a slab
+    const float* norm;  ///< rms_norm: the weight
+    const float*
+        squares;  ///< head_norm, codes: (rows, columns / head_dim, slabs), sums of squares over a slab; or null
     const unsigned char* codes;
     long long codes_row;       ///< bytes
     unsigned char* put_codes;  ///< if not null, rms_norm(x) is also left there as codes, code_row_bytes() a row
@@ -267,6 +268,7 @@ struct latent_append_args {
     int rank, layer;
     float epsilon;
     memory layout;
+    int splits;  ///< of the latent_attend that follows, whose first reads are asked for; or 0
 };
 cudaError_t latent_append(const latent_append_args&, cudaStream_t);
 
@@ -300,8 +302,9 @@ struct latent_mix_args {
     int segment_count, layer;
     memory layout;
     float epsilon, scale;
-    float* out;
-    long long out_row, out_head;
+    float* out;            ///< (rows, heads, rows of value_up), or null, and
+    unsigned char* codes;  ///< the same as codes of 8 bits, code_row_bytes() a row
+    long long out_row;
 };
 /// Whether there is a kernel for these shapes; not for few processors, whose blocks have too little shared memory.
 bool serves_latent_mix(const latent_mix_args&);
@@ -347,6 +350,7 @@ struct experts_args : networks {
     matrix shared_gate{}, shared_up{}, shared_down{};
     int quantise = 0;
     float* hidden = nullptr;
+    unsigned long long* choice = nullptr;  ///< room for k
 };
 cudaError_t experts(const experts_args&, cudaStream_t);
 

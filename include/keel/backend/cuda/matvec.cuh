@@ -173,7 +173,8 @@ __device__ inline void stage_codes(const staged& to, int units, const launch::ma
         const int2 mark = from.marks[u];
         float sum = 0;
         for (int s = 0; s < a.slabs; ++s) sum += of_row[u / a.slabs * a.slabs + s];
-        const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
+        const float scale =
+            a.squares == nullptr ? 1.0f : 1.0f / sqrtf(sum / static_cast<float>(a.head_dim) + a.epsilon);
         to.marks[u] = {__float_as_int(__int_as_float(mark.x) * scale), mark.y};
     }
 }

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(one_row_shape::all_threads, 2)
     own_units own(coded ? staged(const_cast<unsigned char*>(a.codes), s.units, false) : codes, s.units, lane, s.lanes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (coded) {
+        if (coded && a.squares != nullptr) {
             const float* of_head = a.squares + own.unit[i] / a.slabs * a.slabs;
             float sum = 0;
 #pragma unroll

@@ -21,6 +21,41 @@ __device__ inline launch::matrix pick(bool first, const launch::matrix& a, const
             first ? a.rows : b.rows, first ? a.columns : b.columns, first ? a.row_bytes : b.row_bytes};
 }
 
+/// The choice as up's last block, which has the least to do, gives it to the blocks of down, whenever they start: for
+/// every slot the expert + 1 and its weight, or 0 until then.
+class given_choice {
+public:
+    __device__ explicit given_choice(unsigned long long* memory) : memory_(memory) {}
+
+    /// A warp, before the next kernel may start.
+    __device__ void clear(int k) {
+        const int lane = threadIdx.x % warp_size;
+        if (lane < k) memory_[lane] = 0;
+        __threadfence();
+    }
+    /// A warp, of what is in shared memory.
+    __device__ void give(int k, const int* which, const float* weight) {
+        const int lane = threadIdx.x % warp_size;
+        if (lane >= k) return;
+        const unsigned long long both = static_cast<unsigned long long>(__float_as_uint(weight[lane])) << 32 |
+                                        static_cast<unsigned>(which[lane] + 1);
+        asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(memory_ + lane), "l"(both) : "memory");
+    }
+    /// A warp, until it is there; to shared memory.
+    __device__ void take(int k, int* which, float* weight) {
+        const int lane = threadIdx.x % warp_size;
+        unsigned long long both = lane < k ? 0 : 1;
+        while (both == 0)
+            asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(both) : "l"(memory_ + lane) : "memory");
+        if (lane < k)
+            which[lane] = static_cast<int>(both & 0xFFFFFFFFu) - 1, weight[lane] = __uint_as_float(both >> 32);
+        __syncwarp();
+    }
+
+private:
+    unsigned long long* memory_;
+};
+
 /// Half a unit of the hidden activations of a slot: 16 rows of W_gate and 16 of W_up, `rows` of them a step. The shared
 /// network's halves come first, since their weights need no choice; block b takes halves b, b + grid, ...
 struct one_row_up_shape {
@@ -56,6 +91,7 @@ __global__ void __launch_bounds__(one_row_up_shape::all_threads, 1)
     __shared__ slot_ring<shape::most_slots> ring;
     __shared__ float squares[shape::users], made[shape::most_group * 2 * shape::half];
     __shared__ int which[warp_size];
+    __shared__ float weight[warp_size];  // of the last block
     __shared__ __align__(16) unsigned keys[warp_choice::most];
     constexpr int threads = shape::threads, half = shape::half, choosers = warp_choice::most;
     unsigned char* const after_slots = memory + s.slots * s.slot_bytes;
@@ -86,14 +122,24 @@ __global__ void __launch_bounds__(one_row_up_shape::all_threads, 1)
             if (!next.shared) break;
             fill(next);
         }
-        wait_for_previous();
-        if (i < count) {
+        const bool gives = blockIdx.x == gridDim.x - 1;
+        wait_for_previous<false>();
+        if (gives) given_choice(a.choice).clear(a.k);
+        __syncwarp();
+        start_next();
+        if (i < count || gives) {
             cuda_launch::detail::named_barrier(2, choosers + warp_size);
             unsigned own[warp_choice::each];
 #pragma unroll
             for (int e = 0; e < warp_choice::each; ++e)
                 own[e] = keys[warp_choice::each * (threadIdx.x % warp_size) + e];
             warp_choice::make(own, a.k, which);
+        }
+        if (gives) {
+            const int lane = threadIdx.x % warp_size;
+            if (lane < a.k) weight[lane] = __ldcg(a.route.logits + which[lane]);
+            weigh(a.route, weight);
+            given_choice(a.choice).give(a.k, which, weight);
         }
         for (; i < count; ++i) fill(s.of_block(i, a.k));
         return;
@@ -102,7 +148,7 @@ __global__ void __launch_bounds__(one_row_up_shape::all_threads, 1)
     const int row = threadIdx.x / s.lanes, lane = threadIdx.x % s.lanes;
     const int expert = threadIdx.x - (threads - choosers);  // the last threads, which have the least to stage
     const float bias = expert >= 0 && expert < a.route.experts ? a.route.bias[expert] : 0.0f;
-    wait_for_previous();
+    wait_for_previous<false>();
     if (expert >= 0) {
         const float logit = expert < a.route.experts ? __ldcg(a.route.logits + expert) : 0.0f;
         keys[expert] = warp_choice::key(a.route, expert, logit, bias);
@@ -185,9 +231,7 @@ __global__ void __launch_bounds__((one_row_down_shape::most_slots + 1) * warp_si
             ring.fill({s.slots, slot}, memory + slot * s.slot_bytes, m.data + row * m.row_bytes, rows * m.row_bytes);
         };
         if (s.slots > a.k) fill(a.k, a.shared_down, 0);
-        warp_choice::make(a.route, which);
-        if (lane < a.k) weight[lane] = __ldcg(a.route.logits + which[lane]);
-        weigh(a.route, weight);
+        given_choice(a.choice).take(a.k, which, weight);
         for (int slot = 0; slot < a.k; ++slot) fill(slot, a.down, which[slot]);
         return;
     }
@@ -247,7 +291,7 @@ inline cudaError_t start_one_row(const launch::experts_args& a, cudaStream_t str
     up.group = min(ceil_div(up.all, blocks), one_row_up_shape::most_group);
     up.slot_bytes = up.rows * widest;
     up.widest_units = widest_units;
-    const int room = shared_bytes_up_to(120 * 1024) - up.fixed_bytes();  // leaves room for blocks of the next kernel
+    const int room = shared_bytes_up_to(100 * 1024) - up.fixed_bytes();  // leaves room for blocks of the next kernel
     up.slots = max(1, min(room / up.slot_bytes, one_row_up_shape::most_slots));
     const auto e = start(one_row_up_kernel, launch::grid_of(blocks), one_row_up_shape::all_threads,
                          up.fixed_bytes() + up.slots * up.slot_bytes, stream, a, up);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 
 #include <keel/backend/batch.hpp>
 #include <keel/backend/concept.hpp>
@@ -32,8 +33,9 @@ public:
         }
         const index edges = 3 * cuda_launch::short_conv_edges(number(l.rows)) * l.taps * l.heads * l.head_dim *
                             static_cast<index>(sizeof(float));
-        const index mixed = l.rows * l.heads * (l.head_dim + l.head_dim / 32) * static_cast<index>(sizeof(float));
-        const index routed = l.rows * (l.experts + 2 * l.chosen + l.columns / 2) * static_cast<index>(sizeof(float));
+        const index mixed = l.rows * l.heads * (std::max(l.head_dim, l.mla_value) + l.head_dim / 32) *
+                            static_cast<index>(sizeof(float));
+        const index routed = l.rows * (l.experts + 4 * l.chosen + l.columns / 2) * static_cast<index>(sizeof(float));
         const index counted = std::min(l.rows, shortlist_rows) * cuda_launch::shortlist_parts(number(l.vocabulary)) *
                               (keel::shortlist::bins + 1) * static_cast<index>(sizeof(float));
         return hidden + mixed + edges + routed + partial + many + counted + 16 * arena::alignment;
@@ -47,8 +49,26 @@ protected:
     static constexpr index attend_blocks = 256;
     static constexpr index exact_splits = 8;
 
+    /// Into how many parts latent_attend cuts the caches of so many rows, at most attend_blocks. With `exact`, that
+    /// does not depend on what else is in the batch.
+    template <class Device>
+    static index splits_of(index rows, const Device& device) {
+        if (device.precision() == precision::exact) return exact_splits;
+        return std::clamp<index>(device.multiprocessors() / rows, 1, attend_blocks / rows);
+    }
+
     /// (rows, splits, heads, rank + 4), of which rows * splits are at most attend_blocks.
     static index partial_floats(index heads, index rank) { return attend_blocks * heads * (rank + 4); }
+
+    /// Up to how many rows, and positions behind which, latent_mix is worth it.
+    static constexpr index mix_rows = 2, short_positions = 192;
+    static_assert(short_positions <= memory_layout::block_rows);
+
+    /// Whether the segments are of one row each and end early: passes with such take other kernels.
+    static bool are_short(std::span<const segment> segments) {
+        return std::ranges::all_of(segments,
+                                   [](const segment& s) { return s.rows == 1 && s.position < short_positions; });
+    }
 };
 
 }  // namespace keel::inline KEEL_ABI
