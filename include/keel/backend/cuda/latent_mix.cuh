@@ -135,12 +135,12 @@ __global__ void __launch_bounds__(latent_mix_shape::threads)
         __syncthreads();
         {  // a warp takes 8 positions and every other 32 columns
             const int position = warp % 8 * 8, half = warp / 8;
-            const std::uint32_t right = shared_address(cache + (position + line) * pitch + 8 * matrix);
+            const std::uint32_t right = shared_address(cache + (position + line) * pitch);
             float score[2][4] = {};
 #pragma unroll 3
             for (int k = position < count ? 32 * half : s.width; k < s.width; k += 64) {
                 std::uint32_t x[4], y[4];
-                load_matrices(y, right + 2 * k);
+                load_matrices(y, right + 2 * min(k + 8 * matrix, s.width - 8));  // two may be behind the row's end
                 left_of(x, asked + k);
                 multiply(score[0], x, y[0], y[1]);
                 if (k + 16 >= s.width) break;
