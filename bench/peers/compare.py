@@ -28,8 +28,8 @@ def run(command):
 
 
 def keel(a):
-    command = [a.keel, "-m", a.model, "-p", a.prompts, "-n", str(a.tokens), "-d", a.depths, "-r", "1", "-o", "json"]
-    command += ["-t", str(a.threads), "--backend", a.backend, "--precision", a.precision]
+    command = [a.keel, "-m", a.model, "-p", a.prompts, "-n", str(a.tokens), "-d", a.depths]
+    command += ["-r", str(a.samples), "-o", "json", "-t", str(a.threads), "--backend", a.backend, "--precision", a.precision]
     command += ["--interleave"] if a.interleave else []
     record = run(command)
     return {(r["test"], r["tokens"], r["depth"]): r for r in record["results"]}, record
@@ -37,7 +37,7 @@ def keel(a):
 
 def peer(a):
     command = [os.path.join(a.peer, "llama-bench"), "-m", a.model, "-p", a.prompts, "-n", str(a.tokens), "-d", a.depths,
-               "-r", "1", "-o", "json", "-t", str(a.threads), *a.peer_options.split()]
+               "-r", str(a.samples), "-o", "json", "-t", str(a.threads), *a.peer_options.split()]
     rates = {}
     for r in run(command):
         test = ("prefill", r["n_prompt"], r["n_depth"]) if r["n_prompt"] else ("decode", r["n_gen"], r["n_depth"])
@@ -66,6 +66,7 @@ def main():
     p.add_argument("-d", "--depths", default="0,8192")
     p.add_argument("-t", "--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("-r", "--rounds", type=int, default=5, help="how often each of the two runs")
+    p.add_argument("--samples", type=int, default=1, help="in a round; what lies before a depth is computed once for all")
     p.add_argument("--backend", default="cpu")
     p.add_argument("--precision", default="fast")
     p.add_argument("--interleave", action="store_true", help="keel interleaves its weights at loading")
@@ -99,11 +100,11 @@ def main():
                      "keel_least": round(min(ours[test]), 2), "keel_most": round(max(ours[test]), 2),
                      "peer_tok_s": round(other, 2), "peer_least": round(min(theirs[test]), 2),
                      "peer_most": round(max(theirs[test]), 2), "ratio": round(mine / other, 2),
-                     "share_of_reading": "" if share is None else round(share, 3), "rounds": a.rounds,
+                     "share_of_reading": "" if share is None else round(share, 3), "rounds": a.rounds * a.samples,
                      "load": round(statistics.mean(load), 1), "note": a.note})
 
     print(f"\n{about['model']}, {about['processor']}, {about['threads']} threads, keel {about['instruction_set']} "
-          f"{a.precision}, weights {weights}, medians of {a.rounds}, load {statistics.mean(load):.1f}\n")
+          f"{a.precision}, weights {weights}, medians of {a.rounds} rounds of {a.samples}, load {statistics.mean(load):.1f}\n")
     print("| test | depth | keel tok/s | llama.cpp tok/s | ratio | of reading limit |\n|---|---:|---:|---:|---:|---:|")
     for r in rows:
         share = f"{100 * r['share_of_reading']:.0f} %" if r["share_of_reading"] != "" else ""
