@@ -350,7 +350,7 @@ struct experts_args : networks {
     matrix shared_gate{}, shared_up{}, shared_down{};
     int quantise = 0;
     float* hidden = nullptr;
-    unsigned long long* choice = nullptr;  ///< room for k
+    unsigned long long* choice = nullptr;  ///< room for k: what the first kernel hands to the second, one row only
 };
 cudaError_t experts(const experts_args&, cudaStream_t);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // The chosen experts' networks for one row of activations, all weights K-quants: as one_row.cuh, with the choice made
-// by the warp that asks for the weights.
+// by the warp that asks for the weights of the first kernel, and handed to the second.
 #pragma once
 
 #include <keel/backend/cuda/device.cuh>
@@ -210,7 +210,7 @@ struct one_row_down_shape {
 };
 
 /// x += the weighted sum over the slots of W_down hidden. A warp takes a slot and `rows` rows of it, a lane a unit; one
-/// more warp chooses, before the previous kernel is done, and asks for the weights. Grid: (blocks).
+/// more warp takes the choice, before the previous kernel is done, and asks for the weights. Grid: (blocks).
 __global__ void __launch_bounds__((one_row_down_shape::most_slots + 1) * warp_size, 3)
     one_row_down_kernel(const __grid_constant__ launch::experts_args a, const __grid_constant__ one_row_down_shape s) {
     extern __shared__ __align__(16) unsigned char memory[];  // weights of every slot, partial sums

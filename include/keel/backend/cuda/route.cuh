@@ -115,31 +115,9 @@ struct warp_choice {
         __syncwarp();
     }
 
-    /// The same, from the logits on.
-    __device__ static void make(const launch::route_args& a, int* which) {
-        const int first = each * (threadIdx.x % warp_size);
-        float logits[each], bias[each];
-        read(logits, a.logits, first, a.experts);
-        read(bias, a.bias, first, a.experts);
-        unsigned keys[each];
-#pragma unroll
-        for (int i = 0; i < each; ++i) keys[i] = key(a, first + i, logits[i], bias[i]);
-        make(keys, a.k, which);
-    }
-
     static bool serves(const launch::route_args& a) {
         return a.logits != nullptr && a.experts <= most && a.experts % 4 == 0 && a.k < warp_size &&
                aligned16(a.logits, a.bias);
-    }
-
-private:
-    __device__ static void read(float (&to)[each], const float* from, int first, int experts) {
-#pragma unroll
-        for (int i = 0; i < each; i += 4) {
-            const int at = min(first + i, experts - 4);
-            const float4 four = __ldcg(reinterpret_cast<const float4*>(from + at));
-            to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
-        }
     }
 };
 
