@@ -135,54 +135,50 @@ private:
     std::deque<std::vector<std::byte*>> blocks_;
 };
 
-/// Measures kda_mix, if the backend has it for the rows of `one`, the only segment; `recurrence` says what the
-/// recurrence in it does.
+/// Measures kda_mix, if it is for the rows of `one`, the only segment; `recurrence` says what the recurrence in it
+/// does.
 template <keel::backend B>
-void measure_kda_mix([[maybe_unused]] workbench<B>& bench, [[maybe_unused]] const keel::memory_layout& layout,
-                     [[maybe_unused]] keel::index hidden, [[maybe_unused]] const keel::segment& one,
-                     [[maybe_unused]] operation recurrence) {
-    if constexpr (requires(keel::kda_mix_args<typename B::matrix> mix) { bench.b.kda_mix(mix); }) {
-        using keel::index;
-        const std::vector<keel::token> tokens(static_cast<std::size_t>(one.rows));
-        if (!bench.b.mixes({tokens, {&one, 1}, {}, &layout})) return;
-        const index n = one.rows, heads = layout.heads, dim = layout.head_dim, channels = layout.channels();
-        const auto q = bench.floats(-1, 1, n, channels), k = bench.floats(-1, 1, n, channels),
-                   v = bench.floats(-1, 1, n, channels), decay_low = bench.floats(-1, 1, n, dim),
-                   gate_low = bench.floats(-1, 1, n, dim), beta = bench.floats(-1, 1, n, heads);
-        const auto decay_up = bench.weights(keel::dtype::q8_0, 1, channels, dim),
-                   gate_up = bench.weights(keel::dtype::q8_0, 1, channels, dim),
-                   out = bench.weights(keel::dtype::q4_k, 1, hidden, channels);
-        const auto taps = bench.floats(-1, 1, channels, layout.taps + 1);
-        const auto a = bench.floats(-8, -1, heads), bias = bench.floats(-1, 1, channels),
-                   norm = bench.floats(1, 1, dim);
-        const auto x = bench.floats(0, 0, n, hidden);
-        const index low = 2 * channels * dim, high = channels * hidden;
-        recurrence.bytes += static_cast<double>(2 * channels * keel::row_bytes(keel::dtype::q8_0, dim) +
-                                                hidden * keel::row_bytes(keel::dtype::q4_k, channels));
-        recurrence.operations += 2.0 * static_cast<double>(n * (low + high));
-        bench.measure(recurrence, [&](index i) {
-            bench.b.kda_mix({.q = q,
-                             .k = k,
-                             .v = v,
-                             .decay_low = decay_low,
-                             .gate_low = gate_low,
-                             .beta = beta,
-                             .decay_up = decay_up,
-                             .gate_up = gate_up,
-                             .taps_q = taps,
-                             .taps_k = taps,
-                             .taps_v = taps,
-                             .a = a,
-                             .dt_bias = bias,
-                             .out_norm = norm,
-                             .epsilon = 1e-5f,
-                             .out = out,
-                             .layer = i % layout.kda_layers,
-                             .segments = {&one, 1},
-                             .layout = layout,
-                             .x = x});
-        });
-    }
+void measure_kda_mix(workbench<B>& bench, const keel::memory_layout& layout, keel::index hidden,
+                     const keel::segment& one, operation recurrence) {
+    using keel::index;
+    const std::vector<keel::token> tokens(static_cast<std::size_t>(one.rows));
+    if (!bench.b.mixes({tokens, {&one, 1}, {}, &layout})) return;
+    const index n = one.rows, heads = layout.heads, dim = layout.head_dim, channels = layout.channels();
+    const auto q = bench.floats(-1, 1, n, channels), k = bench.floats(-1, 1, n, channels),
+               v = bench.floats(-1, 1, n, channels), decay_low = bench.floats(-1, 1, n, dim),
+               gate_low = bench.floats(-1, 1, n, dim), beta = bench.floats(-1, 1, n, heads);
+    const auto decay_up = bench.weights(keel::dtype::q8_0, 1, channels, dim),
+               gate_up = bench.weights(keel::dtype::q8_0, 1, channels, dim),
+               out = bench.weights(keel::dtype::q4_k, 1, hidden, channels);
+    const auto taps = bench.floats(-1, 1, channels, layout.taps + 1);
+    const auto a = bench.floats(-8, -1, heads), bias = bench.floats(-1, 1, channels), norm = bench.floats(1, 1, dim);
+    const auto x = bench.floats(0, 0, n, hidden);
+    const index low = 2 * channels * dim, high = channels * hidden;
+    recurrence.bytes += static_cast<double>(2 * channels * keel::row_bytes(keel::dtype::q8_0, dim) +
+                                            hidden * keel::row_bytes(keel::dtype::q4_k, channels));
+    recurrence.operations += 2.0 * static_cast<double>(n * (low + high));
+    bench.measure(recurrence, [&](index i) {
+        bench.b.kda_mix({.q = q,
+                         .k = k,
+                         .v = v,
+                         .decay_low = decay_low,
+                         .gate_low = gate_low,
+                         .beta = beta,
+                         .decay_up = decay_up,
+                         .gate_up = gate_up,
+                         .taps_q = taps,
+                         .taps_k = taps,
+                         .taps_v = taps,
+                         .a = a,
+                         .dt_bias = bias,
+                         .out_norm = norm,
+                         .epsilon = 1e-5f,
+                         .out = out,
+                         .layer = i % layout.kda_layers,
+                         .segments = {&one, 1},
+                         .layout = layout,
+                         .x = x});
+    });
 }
 
 /// Measures every operation that takes time in a forward pass.
@@ -299,7 +295,9 @@ void operations_of(const keel::backend_options& options, const operation_sink& s
         };
         bench.measure(named("kda_step"), [&](index i) { bench.b.kda_step(with(i)); });
         if (n > 1) bench.measure(named("kda_chunk"), [&](index i) { bench.b.kda_chunk(with(i)); });
-        measure_kda_mix(bench, layout, hidden, one, named("kda_mix"));
+        if constexpr (requires(keel::kda_mix_args<typename B::matrix> mix) { bench.b.kda_mix(mix); }) {
+            measure_kda_mix(bench, layout, hidden, one, named("kda_mix"));
+        }
         bench.clear();
     }
 

@@ -29,7 +29,8 @@ def run(command):
 
 def keel(a):
     command = [a.keel, "-m", a.model, "-p", a.prompts, "-n", str(a.tokens), "-d", a.depths]
-    command += ["-r", str(a.samples), "-o", "json", "-t", str(a.threads), "--backend", a.backend, "--precision", a.precision]
+    command += ["-r", str(a.samples), "-o", "json", "-t", str(a.threads)]
+    command += ["--backend", a.backend, "--precision", a.precision]
     command += ["--interleave"] if a.interleave else []
     record = run(command)
     return {(r["test"], r["tokens"], r["depth"]): r for r in record["results"]}, record
@@ -104,7 +105,8 @@ def main():
                      "load": round(statistics.mean(load), 1), "note": a.note})
 
     print(f"\n{about['model']}, {about['processor']}, {about['threads']} threads, keel {about['instruction_set']} "
-          f"{a.precision}, weights {weights}, medians of {a.rounds} rounds of {a.samples}, load {statistics.mean(load):.1f}\n")
+          f"{a.precision}, weights {weights}, medians of {a.rounds} rounds of {a.samples}, "
+          f"load {statistics.mean(load):.1f}\n")
     print("| test | depth | keel tok/s | llama.cpp tok/s | ratio | of reading limit |\n|---|---:|---:|---:|---:|---:|")
     for r in rows:
         share = f"{100 * r['share_of_reading']:.0f} %" if r["share_of_reading"] != "" else ""
