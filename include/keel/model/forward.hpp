@@ -40,6 +40,7 @@ view<float, 2> forward(B& b, const config& c, const weights<B>& w, const batch& 
     }
 
     if constexpr (requires { b.enter_layer(index{}); }) b.enter_layer(-1);
+    // Taken even where it is not needed: workspace_bytes() counts it with a batch that wants all rows.
     const auto wanted = b.workspace().template take<float>(static_cast<index>(rows.wanted.size()), c.hidden);
     if (wanted.extent[0] == rows.rows()) return x;
     b.gather({x, rows.wanted, wanted});
