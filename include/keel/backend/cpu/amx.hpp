@@ -127,6 +127,79 @@ inline void transpose(const float* from, index from_row, float* to, index to_row
     }
 }
 
+/// Two rows of 16 halves each as pairs, x = high + low exactly: bf16 keeps the upper 8 of their 11 bits, and of the
+/// other 3 everything.
+inline void pair_halves(const f16* even, const f16* odd, bf16* high, bf16* low) {
+    const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
+    const auto read = [](const f16* x) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    };
+    const auto join = [](__m512 a, __m512 b) {
+        return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b));
+    };
+    const __m512 a = read(even), b = read(odd);
+    const __m512 a_high = _mm512_and_ps(a, upper), b_high = _mm512_and_ps(b, upper);
+    _mm512_store_si512(high, join(a_high, b_high));
+    _mm512_store_si512(low, join(_mm512_sub_ps(a, a_high), _mm512_sub_ps(b, b_high)));
+}
+
+/// A block of a result, c = or += sum of a b, which lies in tiles 0 to 3 while it lives. Needs a session.
+template <bool Accumulate>
+class block_sum {
+public:
+    block_sum(float* c, index c_row) : c_(c), below_(c + tile_rows * c_row), row_bytes_(c_row * 4) {
+        if constexpr (Accumulate) {
+            finish_stores();
+            _tile_loadd(0, c_, row_bytes_);
+            _tile_loadd(1, c_ + 16, row_bytes_);
+            _tile_loadd(2, below_, row_bytes_);
+            _tile_loadd(3, below_ + 16, row_bytes_);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+    ~block_sum() {
+        _tile_stored(0, c_, row_bytes_);
+        _tile_stored(1, c_ + 16, row_bytes_);
+        _tile_stored(2, below_, row_bytes_);
+        _tile_stored(3, below_ + 16, row_bytes_);
+    }
+    block_sum(const block_sum&) = delete;
+    block_sum& operator=(const block_sum&) = delete;
+
+    /// `a` is (block, block), rows a_row apart; `b` is (block / 2, block, 2), pairs of rows b_row apart.
+    void add(split a, index a_row, split b, index b_row) {
+        finish_stores();
+        const split a_below = a.from(tile_rows * a_row), b_right = b.from(block);
+        a_row *= 2, b_row *= 2;  // in bytes
+        const auto multiply = [] {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        };
+        _tile_loadd(4, a.high, a_row);
+        _tile_loadd(5, a_below.high, a_row);
+        _tile_loadd(6, b.low, b_row);
+        _tile_loadd(7, b_right.low, b_row);
+        multiply();
+        _tile_loadd(6, b.high, b_row);
+        _tile_loadd(7, b_right.high, b_row);
+        multiply();
+        _tile_loadd(4, a.low, a_row);
+        _tile_loadd(5, a_below.low, a_row);
+        multiply();
+    }
+
+private:
+    float* c_;
+    float* below_;
+    index row_bytes_;
+};
+
 /// c (+)= a b; rows, columns and depth are multiples of `block`. Needs a session.
 struct product {
     index rows, columns, depth;
@@ -140,51 +213,12 @@ struct product {
 
 template <bool Accumulate>
 void multiply(const product& p) {
-    finish_stores();
-    const index a_row = p.a_row * 2, b_row = p.b_row * 2, c_row = p.c_row * 4;  // in bytes
     for (index j = 0; j < p.columns; j += block) {
         for (index i = 0; i < p.rows; i += block) {
-            float* const c = p.c + i * p.c_row + j;
-            float* const c_below = c + 16 * p.c_row;
-            if constexpr (Accumulate) {
-                _tile_loadd(0, c, c_row);
-                _tile_loadd(1, c + 16, c_row);
-                _tile_loadd(2, c_below, c_row);
-                _tile_loadd(3, c_below + 16, c_row);
-            } else {
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-            }
+            block_sum<Accumulate> sum(p.c + i * p.c_row + j, p.c_row);
             for (index d = 0; d < p.depth; d += block) {
-                const split a = p.a.from(i * p.a_row + d), a_below = a.from(16 * p.a_row);
-                const split b = p.b.from(d / 2 * p.b_row + 2 * j), b_right = b.from(block);
-                _tile_loadd(4, a.high, a_row);
-                _tile_loadd(5, a_below.high, a_row);
-                _tile_loadd(6, b.low, b_row);
-                _tile_loadd(7, b_right.low, b_row);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-                _tile_loadd(6, b.high, b_row);
-                _tile_loadd(7, b_right.high, b_row);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-                _tile_loadd(4, a.low, a_row);
-                _tile_loadd(5, a_below.low, a_row);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
+                sum.add(p.a.from(i * p.a_row + d), p.a_row, p.b.from(d / 2 * p.b_row + 2 * j), p.b_row);
             }
-            _tile_stored(0, c, c_row);
-            _tile_stored(1, c + 16, c_row);
-            _tile_stored(2, c_below, c_row);
-            _tile_stored(3, c_below + 16, c_row);
         }
     }
 }
