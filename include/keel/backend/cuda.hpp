@@ -183,7 +183,8 @@ public:
 
     void latent_append(const latent_append_args& a) {
         const index rows = rows_of(a.segments).count;
-        const bool split = on()->precision() == precision::fast && 2 * rows <= on()->multiprocessors();
+        const bool split = on()->precision() == precision::fast && longest_of(a.segments) < prefill_from() &&
+                           2 * rows <= on()->multiprocessors();
         call("latent_append",
              cuda_launch::latent_append(
                  {a.rows.data, a.rows.stride[0], a.weight.data, table_.segments(a.segments),

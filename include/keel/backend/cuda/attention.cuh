@@ -22,11 +22,19 @@ __device__ inline float latent_value(const launch::memory& m, const unsigned cha
     return m.half ? __half2float(reinterpret_cast<const __half*>(row)[i]) : reinterpret_cast<const float*>(row)[i];
 }
 
-/// The segment that a row of the batch belongs to.
+/// The segment that a row of the batch belongs to. While a batch decodes it is the one with the row's number, which is
+/// the last one that it can be; else it takes a search, as a row after the other would be a chain of loads.
 __device__ inline const launch::segment& segment_of(const launch::segment* segments, int count, int row) {
-    int i = 0;
-    while (i + 1 < count && segments[i + 1].first_row <= row) ++i;
-    return segments[i];
+    int first = 0, last = min(row - segments[0].first_row, count - 1);
+    while (segments[last].first_row > row) {
+        const int middle = (first + last + 1) / 2;
+        if (segments[middle].first_row > row) {
+            last = middle - 1;
+        } else {
+            first = middle;
+        }
+    }
+    return segments[last];
 }
 
 /// The positions [first, first + count) of split `i`: multiples of `tile`, the same number for all but the last.

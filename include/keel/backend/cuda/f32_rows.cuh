@@ -10,7 +10,7 @@ namespace keel::cuda_kernels {
 
 struct f32_rows {
     static constexpr int of_weights = 2, pieces = 2;  // rows of W of a block, 4 columns each of a thread
-    static constexpr int of_x = 8;                    // rows of activations of a block, one after the other
+    static constexpr int of_x = 8;                    // rows of activations of a block, where there are several
     static constexpr int most_threads = 1024;
 
     static int threads(int columns) { return ceil_div(columns, 4 * pieces * warp_size) * warp_size; }
@@ -25,11 +25,30 @@ struct f32_rows {
     }
 };
 
-/// Grid: (rows of W / 2, rows of x / 8).
+/// Sums over the lanes of N values, a power of two: the one with number lane / (32 / N). In the order of lanes_sum().
+template <int N, int Distance = warp_size / 2>
+__device__ inline float lanes_sum_each(float* v) {
+    if constexpr (N == 1) {
+        return lanes_sum<2 * Distance>(v[0]);
+    } else {
+        const bool upper = (threadIdx.x & Distance) != 0;  // a lane goes on with this half of the values
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+            const float given = upper ? v[i] : v[i + N / 2], mine = upper ? v[i + N / 2] : v[i];
+            v[i] = mine + __shfl_xor_sync(0xFFFFFFFFu, given, Distance);
+        }
+        return lanes_sum_each<N / 2, Distance / 2>(v);
+    }
+}
+
+/// Grid: (rows of W / 2, rows of x / Rows).
+template <int Rows>
 __global__ void __launch_bounds__(f32_rows::most_threads)
     f32_rows_kernel(const __grid_constant__ launch::matvec_args a) {
     constexpr int rows = f32_rows::of_weights, pieces = f32_rows::pieces;
-    __shared__ float sums[f32_rows::most_threads / warp_size][rows + 1];  // of the warps; squares of x last
+    constexpr int values = 4 * Rows;  // of a row of x: products with those of W, its squares, nothing
+    static_assert(rows == 2);
+    __shared__ float sums[f32_rows::most_threads / warp_size][values];
     const int first = blockIdx.x * rows, fours = a.columns / 4, warps = blockDim.x / warp_size;
     const launch::product& to = a.list[0];
     const bool normed = a.before == launch::prologue::rms_norm;
@@ -52,37 +71,50 @@ __global__ void __launch_bounds__(f32_rows::most_threads)
         }
     }
     wait_for_previous();
-    for (int n = blockIdx.y * f32_rows::of_x; n < min(a.rows, static_cast<int>(blockIdx.y + 1) * f32_rows::of_x); ++n) {
-        float sum[rows + 1] = {};
+    const int first_x = blockIdx.y * Rows;
+    float sum[values] = {};
+#pragma unroll
+    for (int n = 0; n < Rows; ++n) {
 #pragma unroll
         for (int i = 0; i < pieces; ++i) {
-            const float4 x = load(a.x + n * a.x_row, i);
+            const float4 x = load(a.x + min(first_x + n, a.rows - 1) * a.x_row, i);
 #pragma unroll
             for (int r = 0; r < rows; ++r) {
-                sum[r] += w[r][i].x * x.x + w[r][i].y * x.y + w[r][i].z * x.z + w[r][i].w * x.w;
+                sum[4 * n + r] += w[r][i].x * x.x + w[r][i].y * x.y + w[r][i].z * x.z + w[r][i].w * x.w;
             }
-            sum[rows] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+            sum[4 * n + rows] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
         }
+    }
+    float* const of_warp = sums[threadIdx.x / warp_size];
+    const int lane = threadIdx.x % warp_size;
+    if constexpr (Rows == 1) {  // three chains of shuffles beside each other take less time than one of selects
 #pragma unroll
         for (int r = 0; r <= rows; ++r) {
             const float total = lanes_sum(sum[r]);
-            if (threadIdx.x % warp_size == 0) sums[threadIdx.x / warp_size][r] = total;
+            if (lane == 0) of_warp[r] = total;
         }
-        __syncthreads();
-        if (threadIdx.x < rows) {
-            float total = 0, squares = 0;
-            for (int i = 0; i < warps; ++i) total += sums[i][threadIdx.x], squares += sums[i][rows];
-            if (normed) total /= sqrtf(squares / static_cast<float>(a.columns) + a.epsilon);
-            float& out = to.out[n * to.out_row + first + threadIdx.x];
-            out = to.accumulate ? out + total : total;
-        }
-        __syncthreads();
+    } else {
+        constexpr int lanes = warp_size / values;
+        const float total = lanes_sum_each<values>(sum);
+        if (lane % lanes == 0) of_warp[lane / lanes] = total;
     }
+    __syncthreads();
+    const int n = threadIdx.x / rows, r = threadIdx.x % rows;
+    if (n >= Rows || first_x + n >= a.rows) return;
+    float product = 0, squares = 0;
+    for (int i = 0; i < warps; ++i) product += sums[i][4 * n + r], squares += sums[i][4 * n + rows];
+    if (normed) product /= sqrtf(squares / static_cast<float>(a.columns) + a.epsilon);
+    float& out = to.out[(first_x + n) * to.out_row + first + r];
+    out = to.accumulate ? out + product : product;
 }
 
 inline cudaError_t start_f32_rows(const launch::matvec_args& a, cudaStream_t stream) {
-    const dim3 grid = launch::grid_of(a.list[0].weight.rows / f32_rows::of_weights, ceil_div(a.rows, f32_rows::of_x));
-    return start(f32_rows_kernel, grid, f32_rows::threads(a.columns), 0, stream, a);
+    const auto with = [&]<int Rows>() {
+        return start(f32_rows_kernel<Rows>,
+                     launch::grid_of(a.list[0].weight.rows / f32_rows::of_weights, ceil_div(a.rows, Rows)),
+                     f32_rows::threads(a.columns), 0, stream, a);
+    };
+    return a.rows == 1 ? with.template operator()<1>() : with.template operator()<f32_rows::of_x>();
 }
 
 }  // namespace keel::cuda_kernels

@@ -218,7 +218,8 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
     const feed_forward_plan plan(args.rows, args.k, experts, hidden, width, std::max(planes, inner_planes));
     unsigned char* const memory = static_cast<unsigned char*>(args.workspace);
     const int pairs = args.rows * args.k, positions = choice ? expert_order::positions(pairs, experts) : args.rows;
-    const bool few = choice ? pairs <= few_list_rows / 2 * experts : args.rows <= few_most;
+    const bool few =
+        args.gate.type != layout::f32 && (choice ? pairs <= few_list_rows / 2 * experts : args.rows <= few_tile_rows);
     const expert_order order{reinterpret_cast<int*>(memory + plan.pair), reinterpret_cast<int*>(memory + plan.position),
                              reinterpret_cast<row_tile*>(memory + plan.tiles),
                              reinterpret_cast<int*>(memory + plan.tile_count)};

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
 // Products of a few rows of activations, 2 to 64, with quantised weights: what gemm.cuh does for many, made for reading
-// weights as fast as memory gives them. A warp takes 16 rows of W and up to 32 rows of activations; its lanes have the
-// units of the next groups on their way to slots of their own in shared memory, so that nothing waits at a barrier.
-// Where a matrix has few rows, several warps share 16 of them and split the columns.
+// weights as fast as memory gives them. A warp takes 16 rows of W, a block eight times as many and up to 64 rows of
+// activations. Its lanes have the units of the next groups on their way to slots of their own in shared memory; what
+// all warps multiply with, the rows' part of these groups, is fetched once for the block. Where a matrix has few rows,
+// the blocks of a cluster share them and split the columns.
 //
 // Activations are halves as in gemm.cuh, with the columns of a group in the order of the right operand's fragments:
 //   values [groups of 128 columns][tiles of 8 rows][4 pairs of steps][8 rows][4 threads][8 halves]
@@ -39,26 +40,58 @@ struct fragment_rows : prepared {
     }
 };
 
-inline constexpr int few_warps = 8;
+inline constexpr int few_warps = 8, few_threads = few_warps * 32;
 
-/// Up to so many rows products are computed here.
-inline constexpr int few_most = 64;
+/// Rows of x that a block works on at once: of all rows, and of those of a list. Up to so many of all rows products are
+/// computed here.
+inline constexpr int few_tile_rows = 64, few_list_rows = 16;
 
-/// Rows of x that a warp works on at once: of all rows, and of those of a list.
-inline constexpr int few_tile_rows = 32, few_list_rows = 16;
-
-/// Where the units of a warp lie on their way, some groups ahead: two blocks fit on a multiprocessor.
-template <layout L, int Matrices>
-struct few_slots {
-    static constexpr int slot = weight_unit<L>::pieces * 512 + weight_unit<L>::words * 128;
-    static constexpr int stage = 2 * Matrices * slot;
-    static constexpr int stages = std::clamp(112 * 1024 / (few_warps * stage), 1, 4);
-    static constexpr int warp_bytes = stages * stage;
+/// A ring in shared memory: what a block needs of a group of columns, some groups ahead. Every lane has slots of its
+/// own for weights; behind those of all warps lie the rows of x, as they are in memory. Behind the ring lie the ends of
+/// the rows of W, which have the factors of all their units. Two blocks fit on a multiprocessor where units are small.
+template <layout L, int Matrices, int Tiles>
+struct few_ring {
+    static constexpr int slot = weight_unit<L>::pieces * 512 + weight_unit<L>::rest * 32;
+    static constexpr int of_warp = 2 * Matrices * slot, of_x = planes_for(L) * Tiles * eight_bytes;
+    static constexpr int stage = few_warps * of_warp + of_x;
+    static constexpr int stages = std::clamp(64 * 1024 / stage, 2, 4), bytes = stages * stage;
+    static_assert(Matrices * Tiles * few_warps * 512 <= bytes, "sums of a block go where the ring was");
 
     unsigned char* memory;
-    int lane;
+    int warp, lane, end_bytes;  // of a row's end
 
-    __device__ weight_slot of(int at, int m, int r) const { return {memory + at * stage + (2 * m + r) * slot, lane}; }
+    __device__ weight_slot weights(int at, int m, int r) const {
+        return {memory + at * stage + warp * of_warp + (2 * m + r) * slot, lane};
+    }
+    __device__ unsigned char* x(int at) const { return memory + at * stage + few_warps * of_warp; }
+
+    /// The end of row i of the 16 of this warp. Rows lie so that eight of them meet no bank conflict.
+    __device__ unsigned char* end(int m, int i) const {
+        return memory + bytes + ((warp * Matrices + m) * 16 + i) * pitch(end_bytes);
+    }
+    __host__ __device__ static int pitch(int end_bytes) { return (end_bytes / 16 | 1) * 16; }
+    /// What a launch takes with such rows.
+    static int bytes_with(int end_bytes) {
+        return bytes + (end_bytes == 0 ? 0 : few_warps * Matrices * 16 * pitch(end_bytes));
+    }
+};
+
+/// Bytes of a row's end.
+template <layout L>
+__host__ __device__ int end_bytes_of(const matrix& w) {
+    return w.row_bytes - weight_unit<L>::factors_at((w.columns + 31) / 32);
+}
+
+/// The 16 rows of a matrix that a warp works on; behind the last one that there is, it again.
+struct few_weights {
+    const unsigned char* first;
+    int row_bytes, last;
+
+    __device__ few_weights(const matrix& w, int of, int row)
+        : first(w.data + (static_cast<long long>(of) * w.rows + min(row, w.rows - 1)) * w.row_bytes),
+          row_bytes(w.row_bytes),
+          last(max(w.rows - 1 - row, 0)) {}
+    __device__ const unsigned char* row(int i) const { return first + min(i, last) * row_bytes; }
 };
 
 /// What the kernels below multiply with.
@@ -67,7 +100,7 @@ struct few_input {
     tiling tiles;
     const int* pairs;  ///< null, or pairs[position] / k is the row of x
     int k;
-    int parts;  ///< warps that share 16 rows of W
+    int parts;  ///< blocks that share rows of W
 
     /// Row i of a tile, or its last one. All rows of several matrices lie side by side, as heads do.
     __device__ int position(const row_tile& tile, int i) const {
@@ -81,121 +114,181 @@ struct few_input {
     }
 };
 
-/// What a warp works on.
+/// Where a warp is.
 struct few_place {
-    int warp, lane, row_group, part;
+    int warp, lane, part, block;  // `block` counts those with other rows of W
 
     __device__ explicit few_place(int parts)
-        : warp(static_cast<int>(threadIdx.x) / 32), lane(static_cast<int>(threadIdx.x) % 32) {
-        row_group = static_cast<int>(blockIdx.x) * (few_warps / parts) + warp / parts;
-        part = warp % parts;
-    }
+        : warp(static_cast<int>(threadIdx.x) / 32),
+          lane(static_cast<int>(threadIdx.x) % 32),
+          part(static_cast<int>(blockIdx.x) % parts),
+          block(static_cast<int>(blockIdx.x) / parts) {}
+
+    /// Which 16 rows of W a warp of the block works on.
+    __device__ int row_group(int of_warp) const { return block * few_warps + of_warp; }
 };
 
-/// Adds what the warps of the same rows have, in their order, in the first of them. All threads of the block.
-template <int Matrices, int Tiles>
-__device__ void join_parts(float (&acc)[Matrices][Tiles][4], int parts, const few_place& place, float4* memory) {
-    if (parts == 1) return;
-    constexpr int each = Matrices * Tiles;
-    __syncthreads();  // the sums go where the slots lie
-    if (place.part > 0) {
-#pragma unroll
-        for (int i = 0; i < each; ++i) {
-            const float(&v)[4] = acc[i / Tiles][i % Tiles];
-            memory[(place.warp * each + i) * 32 + place.lane] = {v[0], v[1], v[2], v[3]};
-        }
-    }
-    __syncthreads();
-    if (place.part > 0) return;
-    for (int p = 1; p < parts; ++p) {
-#pragma unroll
-        for (int i = 0; i < each; ++i) {
-            const float4 v = memory[((place.warp + p) * each + i) * 32 + place.lane];
-            float(&sum)[4] = acc[i / Tiles][i % Tiles];
-            sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
-        }
-    }
-}
-
-/// acc[m] += 16 rows of matrix m, of which `from[m][r]` are rows g and g + 8, times 8 * Tiles rows of x; then the first
-/// of the warps that share these rows of W has the sum of all. All threads of the block.
+/// acc[m] += 16 rows of matrix m times 8 * Tiles rows of x, over the columns of this block's part. All threads of the
+/// block.
 template <int Tiles, int Matrices, layout L>
-__device__ void multiply_few(float (&acc)[Matrices][Tiles][4], const unsigned char* const (&from)[Matrices][2],
-                             int columns, const few_input& in, const row_tile& tile, const few_place& place) {
+__device__ void multiply_few(float (&acc)[Matrices][Tiles][4], const few_weights (&w)[Matrices], int columns,
+                             const few_input& in, const row_tile& tile, const few_place& place) {
     extern __shared__ uint4 dynamic_memory[];
-    using slots = few_slots<L, Matrices>;
-    const slots slot{reinterpret_cast<unsigned char*>(dynamic_memory) + place.warp * slots::warp_bytes, place.lane};
-    const int quad = place.lane % 4, units = (columns + 31) / 32, groups = groups_of(columns);
-    const auto ask = [&](int group, int stage) {
-        if (group < groups) {
+    using ring_of = few_ring<L, Matrices, Tiles>;
+    constexpr int ahead = ring_of::stages - 1, planes = planes_for(L);
+    const int units = (columns + 31) / 32, groups = groups_of(columns), ends_at = weight_unit<L>::factors_at(units);
+    const ring_of ring{reinterpret_cast<unsigned char*>(dynamic_memory), place.warp, place.lane,
+                       w[0].row_bytes - ends_at};
+    const int eighth = place.lane / 4, quad = place.lane % 4;
+    const int first = groups * place.part / in.parts, last = groups * (place.part + 1) / in.parts;
+    const auto ask_weights = [&](int group, int stage) {
+        if (group >= last) return;
+        const int unit = min(4 * group + quad, units - 1);
 #pragma unroll
-            for (int i = 0; i < 2 * Matrices; ++i) {
-                weight_unit<L>::ask(slot.of(stage, i / 2, i % 2), from[i / 2][i % 2], units,
-                                    min(4 * group + quad, units - 1));
-            }
+        for (int i = 0; i < 2 * Matrices; ++i) {
+            weight_unit<L>::ask(ring.weights(stage, i / 2, i % 2), w[i / 2].row(eighth + i % 2 * 8), units, unit);
         }
-        commit_copies();
     };
+    // Half of the threads copy a tile of 8 rows, each the same 16 bytes of every group.
+    constexpr int halves = 2, copies = (Tiles + halves - 1) / halves;
+    const int half = static_cast<int>(threadIdx.x) / 128, piece = static_cast<int>(threadIdx.x) % 128;
+    int at[copies];
+    const auto ask_x = [&](int group, int stage) {
+        if (group >= last) return;
 #pragma unroll
-    for (int i = 0; i < slots::stages - 1; ++i) ask(place.part + i * in.parts, i);
+        for (int i = 0; i < planes * copies; ++i) {
+            const int plane = i / copies, t = i % copies * halves + half;
+            if (Tiles % halves != 0 && t >= Tiles) continue;
+            copy_async(ring.x(stage) + (plane * Tiles + t) * eight_bytes + piece * 16,
+                       in.x.tile(plane, group, 0) + at[i % copies]);
+        }
+    };
+#pragma unroll 1
+    for (int m = 0; m < Matrices; ++m) {  // two lanes copy the end of a row
+#pragma unroll 1
+        for (int i = place.lane % 2 * 16; i < ring.end_bytes; i += 32) {
+            copy_once<16>(ring.end(m, place.lane / 2) + i, w[m].row(place.lane / 2) + ends_at + i);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) ask_weights(first + i, i);
     if (in.tiles.list == nullptr) cuda_kernels::wait_for_previous();  // weights need not wait
-    int row[Tiles];
 #pragma unroll
-    for (int t = 0; t < Tiles; ++t) row[t] = in.row(tile, 8 * t + place.lane / 4);
+    for (int i = 0; i < copies; ++i) {
+        const int row = in.row(tile, 8 * (i * halves + half) + piece % 32 / 4);
+        at[i] = row / 8 * eight_bytes + (piece / 32 * 32 + row % 8 * 4 + piece % 4) * 16;
+    }
+#pragma unroll 1
+    for (int i = 0; i < ahead; ++i) {
+        ask_x(first + i, i);
+        commit_copies();
+    }
     int stage = 0;
-    for (int group = place.part; group < groups; group += in.parts) {
-        ask(group + (slots::stages - 1) * in.parts, (stage + slots::stages - 1) % slots::stages);
-        wait_copies<slots::stages - 1>();
+#pragma unroll 1
+    for (int group = first; group < last; ++group) {
+        wait_copies<ahead - 1>();
+        __syncthreads();  // all have what is in this stage, and nobody needs the one before it
+        const int next = stage == 0 ? ahead : stage - 1;
+        ask_weights(group + ahead, next);
+        ask_x(group + ahead, next);
+        commit_copies();
+        const int unit_at = min(4 * group + quad, units - 1);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int part = 0; part < 2; ++part) {
             std::uint32_t a[Matrices][4][4];
 #pragma unroll
             for (int i = 0; i < 2 * Matrices; ++i) {
                 weight_unit<L> unit;
-                unit.take(slot.of(stage, i / 2, i % 2), min(4 * group + quad, units - 1));
-                const half_steps w = unit.steps(half);
+                unit.take(ring.weights(stage, i / 2, i % 2), ring.end(i / 2, eighth + i % 2 * 8), units, unit_at);
+                const half_steps steps = unit.steps(part);
 #pragma unroll
-                for (int s = 0; s < 4; ++s) a[i / 2][s][i % 2] = w.low[s], a[i / 2][s][2 + i % 2] = w.high[s];
+                for (int s = 0; s < 4; ++s) a[i / 2][s][i % 2] = steps.low[s], a[i / 2][s][2 + i % 2] = steps.high[s];
             }
-            for (int plane = 0; plane < (planes_for(L) == 2 ? in.x.planes : 1); ++plane) {
 #pragma unroll
-                for (int t = 0; t < Tiles; ++t) {
+            for (int i = 0; i < planes * Tiles * 2; ++i) {
+                const int step = i % 2, t = i / 2 % Tiles;
+                const uint4 b = reinterpret_cast<const uint4*>(
+                    ring.x(stage) + i / 2 * eight_bytes)[(2 * part + step) * 32 + place.lane];
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const uint4 b = __ldg(in.x.piece(plane, group, row[t], 4 * quad + 2 * half + i));
-#pragma unroll
-                        for (int m = 0; m < Matrices; ++m) {
-                            multiply(acc[m][t], a[m][2 * i], b.x, b.y);
-                            multiply(acc[m][t], a[m][2 * i + 1], b.z, b.w);
-                        }
-                    }
+                for (int m = 0; m < Matrices; ++m) {
+                    multiply(acc[m][t], a[m][2 * step], b.x, b.y);
+                    multiply(acc[m][t], a[m][2 * step + 1], b.z, b.w);
                 }
             }
         }
-        stage = (stage + 1) % slots::stages;
+        stage = stage == ahead ? 0 : stage + 1;
     }
     wait_copies<0>();
-    join_parts(acc, in.parts, place, reinterpret_cast<float4*>(dynamic_memory));
 }
 
-/// Calls f(t, e, position, scale) for the rows of a tile whose results this lane has, in acc[.][t][e] and acc[.][t][e +
-/// 2], if this warp has the sums; results are to be multiplied with `scale`.
-template <int Tiles, class F>
-__device__ void for_each_result(const few_input& in, const row_tile& tile, const few_place& place, F&& f) {
-    if (place.part > 0) return;
+/// Calls f(warp, t, sums) with what the blocks that share rows of W have together, in their order, for 16 rows of W,
+/// those of a warp of the block, and tile t of 8 rows of x: sums[m] is a C fragment. All threads of the block, behind
+/// multiply_few().
+template <int Matrices, int Tiles, class F>
+__device__ void for_each_sum(const float (&acc)[Matrices][Tiles][4], int parts, const few_place& place, F&& f) {
+    if (parts == 1) {
+#pragma unroll
+        for (int t = 0; t < Tiles; ++t) {
+            float sums[Matrices][4];
+#pragma unroll
+            for (int i = 0; i < 4 * Matrices; ++i) sums[i / 4][i % 4] = acc[i / 4][t][i % 4];
+            f(place.warp, t, sums);
+        }
+        return;
+    }
+    extern __shared__ uint4 dynamic_memory[];
+    float4* const mine = reinterpret_cast<float4*>(dynamic_memory) + place.lane;
+    __syncthreads();
 #pragma unroll
     for (int t = 0; t < Tiles; ++t) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int i = 8 * t + place.lane % 4 * 2 + e;
-            if (i < tile.rows) f(t, e, in.position(tile, i), in.x.scale[in.row(tile, i)]);
+        for (int m = 0; m < Matrices; ++m) {
+            const float(&v)[4] = acc[m][t];
+            mine[((place.warp * Tiles + t) * Matrices + m) * 32] = {v[0], v[1], v[2], v[3]};
         }
+    }
+    cluster_barrier();
+    for (int i = place.part + parts * place.warp; i < few_warps * Tiles; i += parts * few_warps) {
+        float4 each[Matrices][most_parts];
+#pragma unroll
+        for (int p = 0; p < most_parts; ++p) {
+#pragma unroll
+            for (int m = 0; m < Matrices; ++m) {
+                each[m][p] = p < parts ? load_from_block(mine + (i * Matrices + m) * 32, p) : float4{};
+            }
+        }
+        float sums[Matrices][4];
+#pragma unroll
+        for (int m = 0; m < Matrices; ++m) {
+            float4 sum = each[m][0];
+#pragma unroll
+            for (int p = 1; p < most_parts; ++p) {
+                sum = {sum.x + each[m][p].x, sum.y + each[m][p].y, sum.z + each[m][p].z, sum.w + each[m][p].w};
+            }
+            sums[m][0] = sum.x, sums[m][1] = sum.y, sums[m][2] = sum.z, sums[m][3] = sum.w;
+        }
+        f(i / Tiles, i % Tiles, sums);
+    }
+    cluster_barrier();  // a block's memory stays until all have read it
+}
+
+/// Calls f(e, position, scale) for the rows of tile t whose results this lane has, in sums[.][e] and sums[.][e + 2];
+/// these are to be multiplied with `scale`.
+template <class F>
+__device__ void for_each_result(const few_input& in, const row_tile& tile, int t, int lane, F&& f) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int i = 8 * t + lane % 4 * 2 + e;
+        if (i < tile.rows) f(e, in.position(tile, i), in.x.scale[in.row(tile, i)]);
     }
 }
 
 /// Calls f.template operator()<Tiles>() with the least number of tiles of 8 rows, at most Most, that holds `rows`.
 template <int Most, class F>
 __device__ void visit_few(int rows, F&& f) {
+    if constexpr (Most >= 8) {
+        if (rows > 32) return f.template operator()<8>();
+    }
     if constexpr (Most >= 4) {
         if (rows > 16) return f.template operator()<4>();
     }
@@ -210,42 +303,50 @@ struct few_arguments {
     product_target list[matvec_args::most];  // first_block counts 16 rows of W
 };
 
+/// The product that 16 rows of W belong to.
+__device__ inline const product_target& target_of(const few_arguments& args, int row_group) {
+    int which = 0;
+    while (which + 1 < args.products && row_group >= args.list[which + 1].first_block) ++which;
+    return args.list[which];
+}
+
 template <int Tiles, layout L>
-__device__ void few_product_tile(const few_arguments& args, const product_target& target, const row_tile& tile,
-                                 const few_place& place) {
-    const matrix& w = target.weight;
-    const int mine = (place.row_group - target.first_block) * 16 + place.lane / 4;
-    const unsigned char* from[1][2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        from[0][r] = w.data + (static_cast<std::size_t>(tile.matrix) * w.rows + min(mine + 8 * r, w.rows - 1)) *
-                                  static_cast<std::size_t>(w.row_bytes);
-    }
+__device__ void few_product_tile(const few_arguments& args, const row_tile& tile, const few_place& place) {
+    const product_target& of_warp = target_of(args, place.row_group(place.warp));
+    const auto first_row = [&](const product_target& target, int warp) {  // of W
+        return (place.row_group(warp) - target.first_block) * 16;
+    };
+    const few_weights w[1] = {{of_warp.weight, tile.matrix, first_row(of_warp, place.warp)}};
     float acc[1][Tiles][4] = {};
-    multiply_few<Tiles, 1, L>(acc, from, w.columns, args.in, tile, place);
-    for_each_result<Tiles>(args.in, tile, place, [&](int t, int e, int position, float scale) {
-        float* const to = static_cast<float*>(target.out) +
-                          (args.out_rows == nullptr ? position : args.out_rows[position]) * target.row + mine;
+    multiply_few<Tiles, 1, L>(acc, w, of_warp.weight.columns, args.in, tile, place);
+    for_each_sum(acc, args.in.parts, place, [&](int warp, int t, const float(&sums)[1][4]) {
+        const product_target& target = target_of(args, place.row_group(warp));
+        const int mine = first_row(target, warp) + place.lane / 4;
+        for_each_result(args.in, tile, t, place.lane, [&](int e, int position, float scale) {
+            float* const to = static_cast<float*>(target.out) +
+                              (args.out_rows == nullptr ? position : args.out_rows[position]) * target.row + mine;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            if (mine + 8 * r >= w.rows) continue;
-            const float y = acc[0][t][2 * r + e] * scale;
-            to[8 * r] = target.accumulate ? to[8 * r] + y : y;
-        }
+            for (int r = 0; r < 2; ++r) {
+                if (mine + 8 * r >= target.weight.rows) continue;
+                const float y = sums[0][2 * r + e] * scale;
+                if (target.accumulate) {
+                    atomicAdd(to + 8 * r, y);  // nobody else adds to it: this only spares waiting for what is there
+                } else {
+                    to[8 * r] = y;
+                }
+            }
+        });
     });
 }
 
-/// Grid: (blocks of few_warps / parts times 16 rows of W over all products, tiles of up to 8 Most rows).
+/// Grid: (blocks of few_warps times 16 rows of W over all products, each `parts` times; tiles of up to 8 Most rows).
 template <layout L, int Most>
-__global__ void __launch_bounds__(few_warps * 32, 2) few_product_kernel(const __grid_constant__ few_arguments args) {
+__global__ void __launch_bounds__(few_threads, 2) few_product_kernel(const __grid_constant__ few_arguments args) {
     if (args.in.tiles.list != nullptr) cuda_kernels::wait_for_previous();
     row_tile tile;
     if (!args.in.tiles.get(static_cast<int>(blockIdx.y), tile)) return;
     const few_place place(args.in.parts);
-    int which = 0;
-    while (which + 1 < args.products && place.row_group >= args.list[which + 1].first_block) ++which;
-    const product_target& target = args.list[which];
-    visit_few<Most>(tile.rows, [&]<int Tiles>() { few_product_tile<Tiles, L>(args, target, tile, place); });
+    visit_few<Most>(tile.rows, [&]<int Tiles>() { few_product_tile<Tiles, L>(args, tile, place); });
 }
 
 struct few_gated_arguments {
@@ -256,34 +357,31 @@ struct few_gated_arguments {
 
 template <int Tiles, layout L>
 __device__ void few_gated_tile(const few_gated_arguments& args, const row_tile& tile, const few_place& place) {
-    const int mine = place.row_group * 16 + place.lane / 4, rows = args.gate.rows;
-    const unsigned char* from[2][2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const auto row = static_cast<std::size_t>(tile.matrix) * rows + min(mine + 8 * r, rows - 1);
-        from[0][r] = args.gate.data + row * static_cast<std::size_t>(args.gate.row_bytes);
-        from[1][r] = args.up.data + row * static_cast<std::size_t>(args.up.row_bytes);
-    }
+    const int rows = args.gate.rows, first = place.row_group(place.warp) * 16;
+    const few_weights w[2] = {{args.gate, tile.matrix, first}, {args.up, tile.matrix, first}};
     float acc[2][Tiles][4] = {};
-    multiply_few<Tiles, 2, L>(acc, from, args.gate.columns, args.in, tile, place);
-    for_each_result<Tiles>(args.in, tile, place, [&](int t, int e, int position, float scale) {
+    multiply_few<Tiles, 2, L>(acc, w, args.gate.columns, args.in, tile, place);
+    for_each_sum(acc, args.in.parts, place, [&](int warp, int t, const float(&sums)[2][4]) {
+        const int mine = place.row_group(warp) * 16 + place.lane / 4;
+        for_each_result(args.in, tile, t, place.lane, [&](int e, int position, float scale) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int w = mine + 8 * r;
-            for (int plane = 0; plane < args.hidden.planes; ++plane) {
-                *args.hidden.half(plane, w / group_columns, position, w % group_columns) =
-                    w < rows ? gated_half(acc[0][t][2 * r + e] * scale, acc[1][t][2 * r + e] * scale, plane)
-                             : __half(0.0f);
+            for (int r = 0; r < 2; ++r) {
+                const int i = mine + 8 * r;
+                for (int plane = 0; plane < args.hidden.planes; ++plane) {
+                    *args.hidden.half(plane, i / group_columns, position, i % group_columns) =
+                        i < rows ? gated_half(sums[0][2 * r + e] * scale, sums[1][2 * r + e] * scale, plane)
+                                 : __half(0.0f);
+                }
             }
-        }
-        if (mine == 0) args.hidden.scale[position] = 1.0f / hidden_factor;
+            if (mine == 0) args.hidden.scale[position] = 1.0f / hidden_factor;
+        });
     });
 }
 
-/// Grid: (blocks of few_warps / parts times 16 rows of W, tiles of up to 8 Most rows). The rows of W are those of whole
-/// groups, so that all of the hidden activations are written.
+/// Grid: (blocks of few_warps times 16 rows of W, each `parts` times; tiles of up to 8 Most rows). The rows of W are
+/// those of whole groups, so that all of the hidden activations are written.
 template <layout L, int Most>
-__global__ void __launch_bounds__(few_warps * 32, 2)
+__global__ void __launch_bounds__(few_threads, Most > 4 ? 1 : 2)
     few_gated_kernel(const __grid_constant__ few_gated_arguments args) {
     if (args.in.tiles.list != nullptr) cuda_kernels::wait_for_previous();
     row_tile tile;
@@ -292,67 +390,61 @@ __global__ void __launch_bounds__(few_warps * 32, 2)
     visit_few<Most>(tile.rows, [&]<int Tiles>() { few_gated_tile<Tiles, L>(args, tile, place); });
 }
 
-/// How many warps share 16 rows of W, so that `row_groups` of these times `tiles` fill a GPU; at most `groups`. Every
-/// block reads its activations, so that there should be no more blocks than that where these are many.
-inline int parts_for(int row_groups, int tiles, int groups) {
-    const int blocks = tiles == 1 ? 264 : 132;
-    int parts = 1;
-    while (parts < few_warps && 2 * parts <= groups && row_groups * tiles * parts < blocks * few_warps) parts *= 2;
-    return parts;
-}
-
-/// Whether products of all rows with a list of matrices are computed here. Many rows of W keep the blocks of gemm.cuh
-/// busy, which load activations once for 256 of them.
-inline bool is_few(int rows, const product_target* list, int count) {
-    int rows_of_w = 0;
-    for (int i = 0; i < count; ++i) rows_of_w += list[i].weight.rows;
-    return rows <= few_tile_rows / 2 || (rows <= few_most && rows_of_w < 8192);
-}
-
-/// Starts a kernel of `row_groups` times 16 rows of W and `tiles` tiles.
-template <layout L, int Matrices, class Arguments>
-cudaError_t start_few(void (*kernel)(Arguments), int row_groups, int tiles, const Arguments& args,
+/// Starts a kernel for `row_groups` times 16 rows of matrices like the one given and `tiles` tiles of up to 8 Most
+/// rows. So many blocks share rows of W that they fill a GPU, where blocks can.
+template <layout L, int Matrices, int Most, class Arguments>
+cudaError_t start_few(void (*kernel)(Arguments), int row_groups, const matrix& like, int tiles, Arguments args,
                       cudaStream_t stream) {
-    constexpr int bytes = few_warps * few_slots<L, Matrices>::warp_bytes;
+    const int groups = groups_of(like.columns), ends = end_bytes_of<L>(like);
+    const int bytes = std::max({few_ring<L, Matrices, 1>::bytes_with(ends), few_ring<L, Matrices, 2>::bytes_with(ends),
+                                few_ring<L, Matrices, std::min(Most, 4)>::bytes_with(ends),
+                                few_ring<L, Matrices, Most>::bytes_with(ends)});
     if (row_groups == 0 || tiles == 0) return cudaSuccess;
-    const dim3 grid(static_cast<unsigned>((row_groups * args.in.parts + few_warps - 1) / few_warps),
-                    static_cast<unsigned>(tiles));
-    return cuda_kernels::start(kernel, grid, few_warps * 32, bytes, stream, args);
+    cudaFuncAttributes compiled;
+    if (const cudaError_t e = cudaFuncGetAttributes(&compiled, kernel); e != cudaSuccess) return e;
+    const int blocks = (row_groups + few_warps - 1) / few_warps;
+    int& parts = args.in.parts;
+    for (parts = 1; compiled.ptxVersion >= 90 && parts < most_parts && 2 * parts <= groups; parts *= 2) {
+        if (blocks * tiles * parts >= cuda_kernels::multiprocessors()) break;
+    }
+    const dim3 grid(static_cast<unsigned>(blocks * parts), static_cast<unsigned>(tiles));
+    return cuda_kernels::start_clusters(kernel, grid, parts > 1 ? parts : 0, few_threads, bytes, stream, args);
 }
 
 /// All products of a list that share a layout in one launch; `tiles` is the most that args.in.tiles may have.
 inline cudaError_t start_few_products(few_arguments args, const product_target* list, int count, int tiles,
                                       cudaStream_t stream) {
-    const bool all = args.in.tiles.list == nullptr;
     for (int type = 0; type <= static_cast<int>(layout::wide); ++type) {
         args.products = 0;
-        int row_groups = 0, groups = 0;
+        int row_groups = 0;
         for (int i = 0; i < count; ++i) {
             if (list[i].weight.type != static_cast<layout>(type)) continue;
             args.list[args.products] = list[i];
             args.list[args.products++].first_block = row_groups;
             row_groups += (list[i].weight.rows + 15) / 16;
-            groups = groups_of(list[i].weight.columns);
         }
         if (args.products == 0) continue;
-        args.in.parts = parts_for(row_groups, tiles, groups);
         const cudaError_t error = visit_layout(static_cast<layout>(type), [&]<layout L>() {
-            return start_few<L, 1>(
-                all ? few_product_kernel<L, few_tile_rows / 8> : few_product_kernel<L, few_list_rows / 8>, row_groups,
-                tiles, args, stream);
+            const auto with = [&]<int Most>() {
+                return start_few<L, 1, Most>(few_product_kernel<L, Most>, row_groups, args.list[0].weight, tiles, args,
+                                             stream);
+            };
+            return args.in.tiles.list == nullptr ? with.template operator()<few_tile_rows / 8>()
+                                                 : with.template operator()<few_list_rows / 8>();
         });
         if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
 }
 
-inline cudaError_t start_few_gated(few_gated_arguments args, int tiles, cudaStream_t stream) {
-    const bool all = args.in.tiles.list == nullptr;
+inline cudaError_t start_few_gated(const few_gated_arguments& args, int tiles, cudaStream_t stream) {
     const int row_groups = groups_of(args.gate.rows) * (group_columns / 16);
-    args.in.parts = parts_for(row_groups, tiles, groups_of(args.gate.columns));
     return visit_layout(args.gate.type, [&]<layout L>() {
-        return start_few<L, 2>(all ? few_gated_kernel<L, few_tile_rows / 8> : few_gated_kernel<L, few_list_rows / 8>,
-                               row_groups, tiles, args, stream);
+        const auto with = [&]<int Most>() {
+            return start_few<L, 2, Most>(few_gated_kernel<L, Most>, row_groups, args.gate, tiles, args, stream);
+        };
+        return args.in.tiles.list == nullptr ? with.template operator()<few_tile_rows / 8>()
+                                             : with.template operator()<few_list_rows / 8>();
     });
 }
 

@@ -83,20 +83,21 @@ __device__ inline void fetch(uint4& to, const unsigned char* from) {
                  : "l"(from));
 }
 
-/// Room in shared memory for the units that the lanes of a warp have asked for: pieces of 16 bytes, then words.
+/// Room in shared memory for the units that the lanes of a warp have asked for: pieces of 16 bytes, then of 4 or 8.
 struct weight_slot {
     unsigned char* at;
     int lane;
 
     __device__ uint4* piece(int i) const { return reinterpret_cast<uint4*>(at + i * 512) + lane; }
-    template <int Pieces>
-    __device__ std::uint32_t* word(int i) const {
-        return reinterpret_cast<std::uint32_t*>(at + Pieces * 512 + i * 128) + lane;
+    template <int Pieces, class T>
+    __device__ T* rest() const {
+        return reinterpret_cast<T*>(at + Pieces * 512) + lane;
     }
 };
 
 /// A unit of a row: load() as early as may be, or ask() for a copy to a slot and take() it from there when it has
-/// arrived; then steps() twice. Values of two bytes are asked for with their neighbours, in words on four bytes.
+/// arrived; then steps() twice. What is less than 4 bytes a unit is at the end of a row, from factors_at() on, and not
+/// in slots: take() finds it in a copy of that end.
 template <layout L>
 struct weight_unit;
 
@@ -104,20 +105,13 @@ struct weight_unit;
 struct scale_pair {
     std::uint32_t codes, factors;
 
-    static constexpr int words = 2;
     __device__ void load(const unsigned char* scales, int units, int unit) {
         fetch(codes, scales + 2 * unit, 2);
         fetch(factors, scales + 2 * units + unit / 8 * 4, 4);
     }
-    template <int Pieces>
-    __device__ static void ask(const weight_slot& slot, int first, const unsigned char* scales, int units, int unit) {
-        copy_word(slot.word<Pieces>(first), scales + 2 * unit / 4 * 4);
-        copy_word(slot.word<Pieces>(first + 1), scales + 2 * units + unit / 8 * 4);
-    }
-    template <int Pieces>
-    __device__ void take(const weight_slot& slot, int first, int unit) {
-        codes = *slot.word<Pieces>(first) >> unit % 2 * 16;
-        factors = *slot.word<Pieces>(first + 1);
+    __device__ void take(const unsigned char* scales, int units, int unit) {
+        codes = *reinterpret_cast<const unsigned short*>(scales + 2 * unit);
+        factors = *reinterpret_cast<const std::uint32_t*>(scales + 2 * units + unit / 8 * 4);
     }
     __device__ half_scale value(float offset) const {
         const __half2 product = __hmul2(__hadd2(as_half2(byte_pair(codes, 0)), both(-1024.0f)), as_half2(factors));
@@ -130,18 +124,18 @@ struct weight_unit<layout::q4_k> {
     uint4 codes;
     scale_pair scales;
 
-    static constexpr int pieces = 1, words = scale_pair::words;
-    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
-        copy_async(slot.piece(0), row + 16 * unit);
-        scale_pair::ask<pieces>(slot, 0, row + 16 * units, units, unit);
+    static constexpr int pieces = 1, rest = 0;
+    __host__ __device__ static int factors_at(int units) { return 16 * units; }
+    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int, int unit) {
+        copy_once<16>(slot.piece(0), row + 16 * unit);
     }
     __device__ void load(const unsigned char* row, int units, int unit) {
         fetch(codes, row + 16 * unit);
         scales.load(row + 16 * units, units, unit);
     }
-    __device__ void take(const weight_slot& slot, int unit) {
+    __device__ void take(const weight_slot& slot, const unsigned char* factors, int units, int unit) {
         codes = *slot.piece(0);
-        scales.take<pieces>(slot, 0, unit);
+        scales.take(factors, units, unit);
     }
     __device__ half_steps steps(int part) const {
         const std::uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
@@ -164,21 +158,21 @@ struct weight_unit<layout::q5_k> {
     std::uint32_t high;
     scale_pair scales;
 
-    static constexpr int pieces = 1, words = 1 + scale_pair::words;
+    static constexpr int pieces = 1, rest = 4;
+    __host__ __device__ static int factors_at(int units) { return 20 * units; }
     __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
-        copy_async(slot.piece(0), row + 16 * unit);
-        copy_word(slot.word<pieces>(0), row + 16 * units + 4 * unit);
-        scale_pair::ask<pieces>(slot, 1, row + 20 * units, units, unit);
+        copy_once<16>(slot.piece(0), row + 16 * unit);
+        copy_once<rest>(slot.rest<pieces, std::uint32_t>(), row + 16 * units + 4 * unit);
     }
     __device__ void load(const unsigned char* row, int units, int unit) {
         fetch(codes, row + 16 * unit);
         fetch(high, row + 16 * units + 4 * unit, 4);
         scales.load(row + 20 * units, units, unit);
     }
-    __device__ void take(const weight_slot& slot, int unit) {
+    __device__ void take(const weight_slot& slot, const unsigned char* factors, int units, int unit) {
         codes = *slot.piece(0);
-        high = *slot.word<pieces>(0);
-        scales.take<pieces>(slot, 1, unit);
+        high = *slot.rest<pieces, std::uint32_t>();
+        scales.take(factors, units, unit);
     }
     __device__ half_steps steps(int part) const {
         unsigned a[4], b[4];
@@ -199,13 +193,11 @@ struct weight_unit<layout::q6_k> {
     uint2 high;
     std::uint32_t scales, factor;
 
-    static constexpr int pieces = 1, words = 4;
+    static constexpr int pieces = 1, rest = 8;
+    __host__ __device__ static int factors_at(int units) { return 24 * units; }
     __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
-        copy_async(slot.piece(0), row + 16 * unit);
-        copy_word(slot.word<pieces>(0), row + 16 * units + 8 * unit);
-        copy_word(slot.word<pieces>(1), row + 16 * units + 8 * unit + 4);
-        copy_word(slot.word<pieces>(2), row + 24 * units + 2 * unit / 4 * 4);
-        copy_word(slot.word<pieces>(3), row + 26 * units + unit / 8 * 2 / 4 * 4);
+        copy_once<16>(slot.piece(0), row + 16 * unit);
+        copy_once<rest>(slot.rest<pieces, uint2>(), row + 16 * units + 8 * unit);
     }
     __device__ void load(const unsigned char* row, int units, int unit) {
         fetch(codes, row + 16 * unit);
@@ -213,11 +205,11 @@ struct weight_unit<layout::q6_k> {
         fetch(scales, row + 24 * units + 2 * unit, 2);
         fetch(factor, row + 26 * units + unit / 8 * 2, 2);
     }
-    __device__ void take(const weight_slot& slot, int unit) {
+    __device__ void take(const weight_slot& slot, const unsigned char* factors, int units, int unit) {
         codes = *slot.piece(0);
-        high = {*slot.word<pieces>(0), *slot.word<pieces>(1)};
-        scales = *slot.word<pieces>(2) >> unit % 2 * 16 & 0xFFFFu;
-        factor = *slot.word<pieces>(3) >> unit / 8 % 2 * 16;
+        high = *slot.rest<pieces, uint2>();
+        scales = *reinterpret_cast<const unsigned short*>(factors + 2 * unit);
+        factor = *reinterpret_cast<const unsigned short*>(factors + 2 * units + unit / 8 * 2);
     }
     __device__ half_steps steps(int part) const {
         unsigned a[4], b[4];
@@ -244,8 +236,8 @@ struct byte_codes {
         fetch(second, codes + 32 * unit + 16);
     }
     __device__ static void ask(const weight_slot& slot, const unsigned char* codes, int unit) {
-        copy_async(slot.piece(0), codes + 32 * unit);
-        copy_async(slot.piece(1), codes + 32 * unit + 16);
+        copy_once<16>(slot.piece(0), codes + 32 * unit);
+        copy_once<16>(slot.piece(1), codes + 32 * unit + 16);
     }
     __device__ void take(const weight_slot& slot) { first = *slot.piece(0), second = *slot.piece(1); }
     __device__ void unpack(unsigned (&a)[4], unsigned (&b)[4]) const {
@@ -261,18 +253,18 @@ struct weight_unit<layout::q8_0> {
     byte_codes codes;
     std::uint32_t scale;
 
-    static constexpr int pieces = 2, words = 1;
-    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
+    static constexpr int pieces = 2, rest = 0;
+    __host__ __device__ static int factors_at(int units) { return 32 * units; }
+    __device__ static void ask(const weight_slot& slot, const unsigned char* row, int, int unit) {
         byte_codes::ask(slot, row, unit);
-        copy_word(slot.word<pieces>(0), row + 32 * units + 2 * unit / 4 * 4);
     }
     __device__ void load(const unsigned char* row, int units, int unit) {
         codes.load(row, unit);
         fetch(scale, row + 32 * units + 2 * unit, 2);
     }
-    __device__ void take(const weight_slot& slot, int unit) {
+    __device__ void take(const weight_slot& slot, const unsigned char* factors, int, int unit) {
         codes.take(slot);
-        scale = *slot.word<pieces>(0) >> unit % 2 * 16;
+        scale = *reinterpret_cast<const unsigned short*>(factors + 2 * unit);
     }
     __device__ half_steps steps(int part) const {
         unsigned a[4], b[4];
@@ -287,16 +279,17 @@ struct weight_unit<layout::wide> {
     byte_codes codes;
     uint4 scales;  // scale, minimum of elements 0 to 15, then of 16 to 31
 
-    static constexpr int pieces = 3, words = 0;
+    static constexpr int pieces = 3, rest = 0;
+    __host__ __device__ static int factors_at(int units) { return 48 * units; }
     __device__ static void ask(const weight_slot& slot, const unsigned char* row, int units, int unit) {
         byte_codes::ask(slot, row, unit);
-        copy_async(slot.piece(2), row + 32 * units + 16 * unit);
+        copy_once<16>(slot.piece(2), row + 32 * units + 16 * unit);
     }
     __device__ void load(const unsigned char* row, int units, int unit) {
         codes.load(row, unit);
         fetch(scales, row + 32 * units + 16 * unit);
     }
-    __device__ void take(const weight_slot& slot, int) {
+    __device__ void take(const weight_slot& slot, const unsigned char*, int, int) {
         codes.take(slot);
         scales = *slot.piece(2);
     }
@@ -313,7 +306,8 @@ struct weight_unit<layout::wide> {
 /// Elements stay where they are until they are needed: 64 or 128 bytes of a unit would take too many registers.
 template <int ElementBytes>
 struct element_unit {
-    static constexpr int pieces = 2 * ElementBytes, words = 0;
+    static constexpr int pieces = 2 * ElementBytes, rest = 0;
+    __host__ __device__ static int factors_at(int units) { return 32 * ElementBytes * units; }
     const uint4* from;
     int step;  // between pieces
 
@@ -323,9 +317,9 @@ struct element_unit {
     }
     __device__ static void ask(const weight_slot& slot, const unsigned char* row, int, int unit) {
 #pragma unroll
-        for (int i = 0; i < pieces; ++i) copy_async(slot.piece(i), row + unit * 32 * ElementBytes + 16 * i);
+        for (int i = 0; i < pieces; ++i) copy_once<16>(slot.piece(i), row + unit * 32 * ElementBytes + 16 * i);
     }
-    __device__ void take(const weight_slot& slot, int) {
+    __device__ void take(const weight_slot& slot, const unsigned char*, int, int) {
         from = slot.piece(0);
         step = 32;
     }

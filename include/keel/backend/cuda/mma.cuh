@@ -54,9 +54,21 @@ __device__ inline void copy_async(void* to, const void* from, int valid = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
                  : "memory");
 }
-/// Copies four bytes.
-__device__ inline void copy_word(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+/// Copies 4, 8 or 16 bytes that nobody reads again soon, so that their lines are the first to leave L2, which has
+/// better to hold: code, parameters and activations of kernels to come.
+template <int Bytes>
+__device__ inline void copy_once(void* to, const void* from) {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    if constexpr (Bytes == 16) {
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                     "l"(from), "l"(policy)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(shared_address(to)),
+                     "l"(from), "n"(Bytes), "l"(policy)
+                     : "memory");
+    }
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -74,6 +86,29 @@ __device__ inline void named_barrier(int id, int threads) {
 /// Is one of the `threads` threads that a named_barrier() waits for, and does not wait.
 __device__ inline void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// The most blocks of a cluster that every device with clusters, compute capability 9.0, can have.
+inline constexpr int most_parts = 8;
+
+/// Waits for all threads of the blocks of a cluster; what they wrote to shared memory before can be read behind it.
+__device__ inline void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/// What another block of the cluster has where `p` points to in this one's shared memory.
+__device__ inline float4 load_from_block(const float4* p, int block) {
+    float4 v{};
+#if __CUDA_ARCH__ >= 900
+    std::uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(block));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(there));
+#endif
+    return v;
 }
 
 /// A barrier in shared memory that counts arrivals and, on sm_90, the bytes of bulk copies.

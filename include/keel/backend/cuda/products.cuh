@@ -34,7 +34,7 @@ inline cudaError_t products(const products_args& args, cudaStream_t stream) {
         if (error != cudaSuccess) return error;
     }
     if (count == 0) return cudaSuccess;
-    if (args.heads == 1 && !is_few(args.rows, list, count)) {
+    if (args.heads == 1 && args.rows > few_tile_rows) {
         const prepared x(args.workspace, rows, args.columns, planes);
         const cudaError_t error = prepare_rows(input, 1, rows, args.columns, args.norm, x, stream);
         if (error != cudaSuccess) return error;
