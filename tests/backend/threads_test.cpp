@@ -31,6 +31,28 @@ TEST_CASE("share_of cuts tasks into consecutive parts, in multiples of the grain
     }
 }
 
+TEST_CASE("dealt work is all done, once, also by a share that comes before all others") {
+    for (const index total : {0, 1, 7, 64, 1000, 12345}) {
+        for (const int shares : {1, 2, 3, 16}) {
+            CAPTURE(total, shares);
+            dealt_work work(total);
+            std::vector<int> done(static_cast<std::size_t>(total));
+            std::vector<index> count(static_cast<std::size_t>(shares));
+            for (int share = 0; share < shares; ++share) {  // in turns: the first takes all that is not anybody's own
+                work.run(share, shares, [&](index from, index to) {
+                    CHECK(from < to);
+                    count[static_cast<std::size_t>(share)] += to - from;
+                    for (index i = from; i < to; ++i) ++done[static_cast<std::size_t>(i)];
+                });
+            }
+            CHECK(done == std::vector<int>(static_cast<std::size_t>(total), 1));
+            const index part = total / shares;
+            CHECK(count[0] >= part + (shares - 1) * part / 8 - 2 * shares);
+            for (std::size_t share = 1; share < count.size(); ++share) CHECK(count[share] >= part * 7 / 8 - 1);
+        }
+    }
+}
+
 TEST_CASE("a job's shares are all run, once, before it returns") {
     for (const int threads : {1, 2, 5}) {
         thread_pool pool(threads);

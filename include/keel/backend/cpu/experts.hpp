@@ -111,6 +111,7 @@ inline void gate_and_up(std::span<const expert_task> tasks, view<float, 2> mid, 
     const arena::scope scope(memory);
     const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(most, tasks.front().gate.columns));
     const auto results = memory.take<float>(pool.size(), 2, gate_floats(most, width));
+    dealt_work work(cost_of(tasks));
     pool.parallel([&](int share, int shares) {
         const arena own(scratch[share].data, scratch.extent[1]);
         // Rows [first, first + count) of gate and up. Few rows of activations leave all of them room in the first
@@ -133,15 +134,16 @@ inline void gate_and_up(std::span<const expert_task> tasks, view<float, 2> mid, 
                 });
             }
         };
-        for_units(tasks, share, shares, [&](const expert_task& task, row_range units) {
+        const auto multiply_units = [&](const expert_task& task, row_range units) {
             const row_range rows = rows_of_units(units, task.gate.rows);
             const index step = task.in.few() ? rows.count : gate_rows, end = rows.first + rows.count;
             for (index o = rows.first; o < end; o += step) multiply(task, o, std::min(step, end - o));
-        });
+        };
+        work.run(share, shares, [&](index from, index to) { for_units(tasks, from, to, multiply_units); });
     });
 }
 
-/// out (+)= sum of weight (down mid), expert after expert; a share has some columns of out.
+/// out (+)= sum of weight (down mid), expert after expert; a share works on some columns of out.
 inline void down(std::span<const expert_task> tasks, const expert_rows& rows, precision wanted, thread_pool& pool,
                  arena& memory) {
     const weight_rows& first = tasks.front().down;
@@ -149,22 +151,24 @@ inline void down(std::span<const expert_task> tasks, const expert_rows& rows, pr
     for (const expert_task& task : tasks) most = std::max(most, task.mid.count);
     const arena::scope scope(memory);
     const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(most, first.columns));
+    dealt_work work((first.rows + unit_rows - 1) / unit_rows);
     pool.parallel([&](int share, int shares) {
         const arena own(scratch[share].data, scratch.extent[1]);
-        const row_range mine = share_of(first.rows, share, shares, unit_rows);
-        if (mine.count == 0) return;
-        if (!rows.accumulate) {
-            for (index r = 0; r < rows.out.extent[0]; ++r) std::fill_n(&rows.out(r, mine.first), mine.count, 0.0f);
-        }
-        for (const expert_task& task : tasks) {
-            multiply_rows(wanted, task.down, mine, task.mid, own,
-                          [&](index n, index o, const float* values, index count) {
-                              const index row = task.first + n;
-                              const float weight = rows.weight == nullptr ? 1.0f : rows.weight[row];
-                              float* const out = &rows.out(rows.token == nullptr ? row : rows.token[row], o);
-                              for (index i = 0; i < count; ++i) out[i] += weight * values[i];
-                          });
-        }
+        work.run(share, shares, [&](index from, index to) {
+            const row_range mine = rows_of_units({from, to - from}, first.rows);
+            if (!rows.accumulate) {
+                for (index r = 0; r < rows.out.extent[0]; ++r) std::fill_n(&rows.out(r, mine.first), mine.count, 0.0f);
+            }
+            for (const expert_task& task : tasks) {
+                multiply_rows(wanted, task.down, mine, task.mid, own,
+                              [&](index n, index o, const float* values, index count) {
+                                  const index row = task.first + n;
+                                  const float weight = rows.weight == nullptr ? 1.0f : rows.weight[row];
+                                  float* const out = &rows.out(rows.token == nullptr ? row : rows.token[row], o);
+                                  for (index i = 0; i < count; ++i) out[i] += weight * values[i];
+                              });
+            }
+        });
     });
 }
 

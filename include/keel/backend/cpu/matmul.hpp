@@ -215,13 +215,17 @@ struct product {
     [[nodiscard]] index cost() const { return weight.row_bytes() + weight.columns * in->count / 8; }
 };
 
-/// Calls f(task, units) for the units of the tasks that are this share's: as much cost for each share, and for each one
-/// consecutive ones. A task has units() and the cost() of one.
+template <class Task>
+index cost_of(std::span<const Task> tasks) {
+    index cost = 0;
+    for (const Task& task : tasks) cost += task.units() * task.cost();
+    return cost;
+}
+
+/// Calls f(task, units) for the units that begin in [from, to) of what all units of the tasks cost, one after another.
+/// A task has units() and the cost() of one.
 template <class Task, class F>
-void for_units(std::span<const Task> tasks, int share, int shares, F&& f) {
-    index total = 0;
-    for (const Task& task : tasks) total += task.units() * task.cost();
-    const index from = total * share / shares, to = total * (share + 1) / shares;
+void for_units(std::span<const Task> tasks, index from, index to, F&& f) {
     index before = 0;
     for (const Task& task : tasks) {
         const auto unit_at = [&](index cost) {
@@ -249,15 +253,17 @@ inline void multiply_all(std::span<const product> products, precision wanted, th
     }
     const arena::scope scope(memory);
     const auto scratch = memory.take<std::byte>(pool.size(), product_scratch(rows, columns));
+    dealt_work work(cost_of(products));
     pool.parallel([&](int share, int shares) {
-        for_units(products, share, shares, [&](const product& p, row_range units) {
-            const arena own(scratch[share].data, scratch.extent[1]);
+        const arena own(scratch[share].data, scratch.extent[1]);
+        const auto multiply = [&](const product& p, row_range units) {
             multiply_rows(wanted, p.weight, rows_of_units(units, p.weight.rows), *p.in, own,
                           [&](index n, index o, const float* values, index count) {
                               float* const out = &p.out(n, o);
                               for (index i = 0; i < count; ++i) out[i] = p.accumulate ? out[i] + values[i] : values[i];
                           });
-        });
+        };
+        work.run(share, shares, [&](index from, index to) { for_units(products, from, to, multiply); });
     });
 }
 
