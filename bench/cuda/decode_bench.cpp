@@ -62,7 +62,8 @@ dtype type_of(const std::string& name, index columns, index layers) {
     return dtype::q4_k;
 }
 
-/// Random bytes of a type that are valid blocks of small values, as many as anything here needs.
+/// Random bytes of a type that are valid blocks of small values, as many as anything here needs; the same in every run,
+/// for how many experts are chosen by many rows, and so the time of a step, hangs on them.
 class random_bytes {
 public:
     const std::byte* of(dtype type, index bytes) {
@@ -75,7 +76,10 @@ public:
                 auto* blocks = reinterpret_cast<Block*>(pool.data());
                 const index n = bytes / Block::bytes;
                 for (index part = 0; part < parts; ++part) {
-                    helpers.emplace_back([=] { fill(blocks + n * part / parts, blocks + n * (part + 1) / parts); });
+                    helpers.emplace_back([=] {
+                        fill(blocks + n * part / parts, blocks + n * (part + 1) / parts,
+                             static_cast<std::uint64_t>(part) * 7919 + sizeof(Block) + 17);
+                    });
                 }
             });
         }
@@ -84,8 +88,7 @@ public:
 
 private:
     template <class Block>
-    static void fill(Block* first, Block* last) {
-        std::uint64_t state = reinterpret_cast<std::uintptr_t>(first);
+    static void fill(Block* first, Block* last, std::uint64_t state) {
         for (Block* b = first; b != last; ++b) {
             for (std::size_t i = 0; i < sizeof(Block); i += 8) {
                 state = state * 6364136223846793005u + 1442695040888963407u;

@@ -271,10 +271,13 @@ cudaError_t latent_attend(const latent_attend_args& a, cudaStream_t stream) {
                   bytes, stream, a);
     }
     if (e != cudaSuccess) return e;
+    const auto join = [&]<int Threads, int Ahead>(int parts) {
+        return start(latent_join_kernel<Threads, Ahead>, grid_of(a.heads, a.row_count, parts), Threads, 0, stream, a,
+                     tile);
+    };
     constexpr int ahead = 9;  // of 132 splits in groups of 16
-    return few && a.rank % 16 == 0
-               ? start(latent_join_kernel<ahead>, grid_of(a.heads, a.row_count, 4), join_threads, 0, stream, a, tile)
-               : start(latent_join_kernel<1>, grid_of(a.heads, a.row_count), join_threads, 0, stream, a, tile);
+    if (few && a.rank % 16 == 0) return join.template operator()<512, ahead>(4);
+    return a.splits > 4 ? join.template operator()<512, 1>(1) : join.template operator()<128, 1>(1);
 }
 
 }  // namespace keel::cuda_launch

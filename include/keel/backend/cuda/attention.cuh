@@ -173,16 +173,16 @@ __global__ void __launch_bounds__(attend_threads)
     }
 }
 
-inline constexpr int join_threads = 512, attend_most_splits = 256;
+inline constexpr int attend_most_splits = 256;
 
 /// Joins the splits of a row and head, in a part of its columns; groups of threads take four columns each of every few
 /// splits, and ask for the first `Ahead` before their weights are known. Grid: (heads, rows, parts). `tile` is that of
 /// the kernel before.
-template <int Ahead>
-__global__ void __launch_bounds__(join_threads)
+template <int Threads, int Ahead>
+__global__ void __launch_bounds__(Threads)
     latent_join_kernel(const __grid_constant__ launch::latent_attend_args a, const int tile) {
-    __shared__ float weight[attend_most_splits], of_warp[join_threads / warp_size];
-    __shared__ __align__(16) float4 sums[join_threads];
+    __shared__ float weight[attend_most_splits], of_warp[Threads / warp_size];
+    __shared__ __align__(16) float4 sums[Threads];
     start_next();
     const int h = blockIdx.x, r = a.first_row + blockIdx.y;
     const launch::segment& s = segment_of(a.segments, a.segment_count, r);
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(join_threads)
     const int splits = static_cast<int>((tiles + each - 1) / each);
     const float* partial = a.partial + attend_partial(a, blockIdx.y, 0) + h * attend_pitch(a.rank);
     const long long distance = static_cast<long long>(a.heads) * attend_pitch(a.rank);
-    const int lanes = a.rank / (4 * gridDim.z), groups = join_threads / lanes, group = threadIdx.x / lanes;
+    const int lanes = a.rank / (4 * gridDim.z), groups = Threads / lanes, group = threadIdx.x / lanes;
     const int column = 4 * (blockIdx.z * lanes + threadIdx.x % lanes);
 
     wait_for_previous();

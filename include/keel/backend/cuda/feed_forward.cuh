@@ -218,8 +218,8 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
     const feed_forward_plan plan(args.rows, args.k, experts, hidden, width, std::max(planes, inner_planes));
     unsigned char* const memory = static_cast<unsigned char*>(args.workspace);
     const int pairs = args.rows * args.k, positions = choice ? expert_order::positions(pairs, experts) : args.rows;
-    const bool few =
-        args.gate.type != layout::f32 && (choice ? pairs <= few_list_rows / 2 * experts : args.rows <= few_tile_rows);
+    const bool few = (choice ? pairs <= few_list_rows / 2 * experts : args.rows <= few_tile_rows) &&
+                     fits_few<2>(args.gate) && fits_few<1>(args.down);
     const expert_order order{reinterpret_cast<int*>(memory + plan.pair), reinterpret_cast<int*>(memory + plan.position),
                              reinterpret_cast<row_tile*>(memory + plan.tiles),
                              reinterpret_cast<int*>(memory + plan.tile_count)};
@@ -242,10 +242,10 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
         const fragment_rows inner(memory + plan.hidden, positions, width, inner_planes);
         error = prepare_rows({args.x, args.x_row, 0}, 1, args.rows, hidden, {}, x, stream);
         if (error != cudaSuccess) return error;
-        error = start_few_gated({{x, tiles, choice ? order.pair : nullptr, args.k, 1}, args.gate, args.up, inner},
+        error = start_few_gated({{x, tiles, choice ? order.pair : nullptr, args.k}, args.gate, args.up, inner},
                                 most_tiles, stream);
         if (error != cudaSuccess) return error;
-        error = start_few_products({{inner, tiles, nullptr, 1, 1}, choice ? order.pair : nullptr, 0, {}}, &down, 1,
+        error = start_few_products({{inner, tiles, nullptr, 1}, choice ? order.pair : nullptr, 0, {}}, &down, 1,
                                    most_tiles, stream);
     } else {
         prepared x(memory + plan.rows, args.rows, hidden, planes);

@@ -91,6 +91,22 @@ __device__ inline void named_arrive(int id, int threads) {
 /// The most blocks of a cluster that every device with clusters, compute capability 9.0, can have.
 inline constexpr int most_parts = 8;
 
+/// A block's number in its cluster, and its cluster's along the grid. Without clusters every block is one.
+__device__ inline int cluster_rank() {
+    int rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+__device__ inline int cluster_number() {
+    int number = static_cast<int>(blockIdx.x);
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+#endif
+    return number;
+}
+
 /// Waits for all threads of the blocks of a cluster; what they wrote to shared memory before can be read behind it.
 __device__ inline void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900

@@ -22,10 +22,12 @@ inline cudaError_t products(const products_args& args, cudaStream_t stream) {
     const int rows = args.rows * args.heads;
     product_target list[matvec_args::most];
     int count = 0, planes = 1;
+    bool fits = true;  // a block's memory, with few rows
     for (int i = 0; i < args.count; ++i) {
         const product& p = args.list[i];
         if (p.weight.type != layout::f32) {
             planes = std::max(planes, planes_for(p.weight.type));
+            fits = fits && fits_few<1>(p.weight);
             list[count++] = {p.weight, p.out, args.heads > 1 ? p.out_head : p.out_row, p.accumulate, 0, 0};
             continue;
         }
@@ -34,7 +36,7 @@ inline cudaError_t products(const products_args& args, cudaStream_t stream) {
         if (error != cudaSuccess) return error;
     }
     if (count == 0) return cudaSuccess;
-    if (args.heads == 1 && args.rows > few_tile_rows) {
+    if (args.heads == 1 && (args.rows > few_tile_rows || !fits)) {
         const prepared x(args.workspace, rows, args.columns, planes);
         const cudaError_t error = prepare_rows(input, 1, rows, args.columns, args.norm, x, stream);
         if (error != cudaSuccess) return error;
@@ -44,7 +46,7 @@ inline cudaError_t products(const products_args& args, cudaStream_t stream) {
     const cudaError_t error = prepare_rows(input, args.heads, rows, args.columns, args.norm, x, stream);
     if (error != cudaSuccess) return error;
     const tiling all{nullptr, nullptr, args.rows, few_tile_rows, args.heads};
-    return start_few_products({{x, all, nullptr, 1, 1}, nullptr, 0, {}}, list, count, all.tiles(), stream);
+    return start_few_products({{x, all, nullptr, 1}, nullptr, 0, {}}, list, count, all.tiles(), stream);
 }
 
 }  // namespace keel::cuda_launch

@@ -23,57 +23,6 @@ __device__ inline void weigh(const launch::route_args& a, float* weight) {
     __syncwarp();
 }
 
-inline constexpr int most_experts = 1024, most_chosen = 32;
-
-/// The networks that a row goes through, in shared memory: those chosen, then the shared one.
-struct expert_slots {
-    unsigned key[most_experts];  // orders the experts
-    int which[most_chosen + 1];
-    float weight[most_chosen + 1];
-
-    /// Chooses the k best experts of row `r`, the smaller index on a tie. All threads of a block; ends with a barrier.
-    __device__ void choose(const launch::route_args& a, int r) {
-        const float* logits = a.logits + r * a.logits_row;
-        const int end = ceil_div(a.experts, warp_size) * warp_size;
-        for (int e = threadIdx.x; e < end; e += blockDim.x) {
-            key[e] = e < a.experts ? max(1u, ordered(sigmoid(__ldcg(logits + e)) + a.bias[e])) : 0;
-        }
-        __syncthreads();
-        if (threadIdx.x < warp_size) {
-            const int lane = threadIdx.x;
-            float logit = 0;
-#pragma unroll 1
-            for (int slot = 0; slot < a.k; ++slot) {
-                unsigned largest = 0;
-                int at = 0;
-#pragma unroll 8
-                for (int e = lane; e < end; e += warp_size) {
-                    if (key[e] > largest) largest = key[e], at = e;
-                }
-                const unsigned best = __reduce_max_sync(0xFFFFFFFFu, largest);
-                const int e =
-                    static_cast<int>(__reduce_min_sync(0xFFFFFFFFu, largest == best ? static_cast<unsigned>(at) : ~0u));
-                if (e % warp_size == lane) key[e] = 0;  // read by this lane alone
-                if (slot == lane) which[lane] = e, logit = __ldcg(logits + e);
-            }
-            if (lane < a.k) weight[lane] = logit;
-            weigh(a, weight);
-        }
-        __syncthreads();
-    }
-
-    /// The choice that is made of logits, or was made before. Ends with a barrier.
-    __device__ void fill(const launch::experts_args& a, int row) {
-        if (threadIdx.x == 0) which[a.k] = 0, weight[a.k] = 1;
-        if (a.route.logits != nullptr) return choose(a.route, row);
-        if (threadIdx.x < a.k) {
-            which[threadIdx.x] = a.chosen ? a.chosen[row * a.chosen_row + threadIdx.x] : 0;
-            weight[threadIdx.x] = a.chosen ? a.weights[row * a.weights_row + threadIdx.x] : 1.0f;
-        }
-        __syncthreads();
-    }
-};
-
 /// The choice as one warp makes it, of at most 256 experts, eight neighbouring ones a lane.
 struct warp_choice {
     static constexpr int each = 8, most = each * warp_size;
@@ -117,6 +66,71 @@ struct warp_choice {
 
     static bool serves(const launch::route_args& a) {
         return a.logits != nullptr && a.experts <= most && a.k < warp_size;
+    }
+};
+
+inline constexpr int most_experts = 1024, most_chosen = 32;
+
+/// The networks that a row goes through, in shared memory: those chosen, then the shared one.
+struct expert_slots {
+    unsigned key[most_experts];  // orders the experts
+    int which[most_chosen + 1];
+    float weight[most_chosen + 1];
+
+    /// Chooses the k best experts of row `r`, the smaller index on a tie. All threads of a block; ends with a barrier.
+    __device__ void choose(const launch::route_args& a, int r) {
+        const float* logits = a.logits + r * a.logits_row;
+        const int end = max(warp_choice::most, ceil_div(a.experts, warp_size) * warp_size);
+        for (int e = threadIdx.x; e < end; e += blockDim.x) {
+            key[e] = e < a.experts ? warp_choice::key(a, e, __ldcg(logits + e), a.bias[e]) : 0;
+        }
+        __syncthreads();
+        if (threadIdx.x < warp_size) {
+            const int lane = threadIdx.x;
+            if (end == warp_choice::most) {  // the shorter way, for as many as models have
+                unsigned own[warp_choice::each];
+#pragma unroll
+                for (int i = 0; i < warp_choice::each; ++i) own[i] = key[warp_choice::each * lane + i];
+                warp_choice::make(own, a.k, which);
+            } else {
+                choose_of_many(end, a.k);
+            }
+            if (lane < a.k) weight[lane] = __ldcg(logits + which[lane]);
+            weigh(a, weight);
+        }
+        __syncthreads();
+    }
+
+    /// The choice that is made of logits, or was made before. Ends with a barrier.
+    __device__ void fill(const launch::experts_args& a, int row) {
+        if (threadIdx.x == 0) which[a.k] = 0, weight[a.k] = 1;
+        if (a.route.logits != nullptr) return choose(a.route, row);
+        if (threadIdx.x < a.k) {
+            which[threadIdx.x] = a.chosen ? a.chosen[row * a.chosen_row + threadIdx.x] : 0;
+            weight[threadIdx.x] = a.chosen ? a.weights[row * a.weights_row + threadIdx.x] : 1.0f;
+        }
+        __syncthreads();
+    }
+
+private:
+    /// A warp chooses from the first `end` keys.
+    __device__ void choose_of_many(int end, int k) {
+        const int lane = threadIdx.x;
+#pragma unroll 1
+        for (int slot = 0; slot < k; ++slot) {
+            unsigned largest = 0;
+            int at = 0;
+#pragma unroll 8
+            for (int e = lane; e < end; e += warp_size) {
+                if (key[e] > largest) largest = key[e], at = e;
+            }
+            const unsigned best = __reduce_max_sync(0xFFFFFFFFu, largest);
+            const int e =
+                static_cast<int>(__reduce_min_sync(0xFFFFFFFFu, largest == best ? static_cast<unsigned>(at) : ~0u));
+            if (e % warp_size == lane) key[e] = 0;  // read by this lane alone
+            if (slot == lane) which[lane] = e;
+        }
+        __syncwarp();
     }
 };
 
