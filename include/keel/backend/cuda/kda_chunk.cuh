@@ -101,7 +101,14 @@ __global__ void __launch_bounds__(kda_scan_threads<D>)
         const std::size_t slot = static_cast<std::size_t>(blockIdx.z) * gridDim.y + blockIdx.y;
         kda_fetch(args, segment, here, head, column, factors + slot * static_cast<std::size_t>(chunks), ring, lane);
     } else {
-        kda_scan(args, segment, here, head, column, ring, memory.exchange, warp % kda_slabs, warp / kda_slabs, lane);
+        const auto walk = [&]<int Part>() {
+            kda_scan<D, Part>(args, segment, here, head, column, ring, memory.exchange, warp % kda_slabs, lane);
+        };
+        if (warp < kda_slabs) {
+            walk.template operator()<0>();
+        } else {
+            walk.template operator()<kda_parts<D> - 1>();
+        }
     }
 }
 

@@ -44,17 +44,18 @@ struct kda_exchange {
     float4 out[2][kda_slabs][kda_parts<D>][32];        // the 8 tokens that the other part writes
 };
 
-/// Adds the products of a part of S, as halves, with factors of 16 tokens: sums[two halves of the sum][8 tokens].
+/// Adds the products of a part of S, as halves, with factors of 16 tokens: to even[8 tokens] and odd[8 tokens], which
+/// may be the same. Where the sum is waited for, two chains of products are sooner done than one.
 template <int Steps>
-__device__ inline void multiply_state(float (&sums)[2][2][4], const std::uint32_t (&s)[Steps][4],
+__device__ inline void multiply_state(float (&even)[2][4], float (&odd)[2][4], const std::uint32_t (&s)[Steps][4],
                                       const uint4 (&factors)[2][Steps / 2]) {
 #pragma unroll
     for (int j = 0; j < Steps / 2; ++j) {
 #pragma unroll
         for (int token = 0; token < 2; ++token) {
             const uint4& by = factors[token][j];
-            multiply(sums[1][token], s[2 * j], by.x, by.y);
-            multiply(sums[0][token], s[2 * j + 1], by.z, by.w);
+            multiply(even[token], s[2 * j], by.x, by.y);
+            multiply(odd[token], s[2 * j + 1], by.z, by.w);
         }
     }
 }
@@ -95,17 +96,16 @@ struct kda_operands {
     }
 };
 
-/// One warp's share: 16 columns of the block's, from `slab` on, and D / kda_parts rows of S, which it holds transposed:
-/// rows of its tiles are columns of V. `first_column` is the block's first.
-template <int D, int Stages>
+/// One warp's share: 16 columns of the block's, from `slab` on, and D / kda_parts rows of S, those of number `Part`,
+/// which it holds transposed: rows of its tiles are columns of V. `first_column` is the block's first.
+template <int D, int Part, int Stages>
 __device__ void kda_scan(const kda_chunk_args& args, const cuda_launch::segment& segment, int chunks, int head,
-                         int first_column, kda_ring<D, Stages>& ring, kda_exchange<D>& exchange, int slab, int part,
-                         int lane) {
+                         int first_column, kda_ring<D, Stages>& ring, kda_exchange<D>& exchange, int slab, int lane) {
     constexpr int parts = kda_parts<D>, steps = kda_operands<D>::steps;
     const int group = lane / 4, quad = lane % 4;
     const int mine = slab * kda_columns + group;  // of the block's columns
     float* const from = reinterpret_cast<float*>(segment.recurrent) + args.layer * args.layout.layer_floats +
-                        head * D * D + part * (D / parts) * D + first_column + mine;
+                        head * D * D + Part * (D / parts) * D + first_column + mine;
     float state[2 * steps][4];
 #pragma unroll
     for (int j = 0; j < 2 * steps; ++j) {
@@ -113,7 +113,7 @@ __device__ void kda_scan(const kda_chunk_args& args, const cuda_launch::segment&
         for (int e = 0; e < 4; ++e) state[j][e] = from[(8 * j + 2 * quad + e % 2) * D + e / 2 * 8];
     }
     const long long row = args.out.row;
-    const int first = 8 * (parts - 1) * part + 2 * quad;  // token of a chunk that this lane writes
+    const int first = 8 * (parts - 1) * Part + 2 * quad;  // token of a chunk that this lane writes
     float* to = args.out.data + (segment.first_row + first) * row + head * args.out.head + first_column + mine;
     int left = segment.rows - first;
     const auto write = [&](float* at, int rows, const float(&out)[4]) {  // 8 tokens
@@ -129,9 +129,10 @@ __device__ void kda_scan(const kda_chunk_args& args, const cuda_launch::segment&
 
     ring.full[0].wait(0);
     kda_operands<D> f;
-    f.load(ring.stages[0], mine, part, lane);
-    f.load_keys(ring.stages[0], part, lane);
+    f.load(ring.stages[0], mine, Part, lane);
+    f.load_keys(ring.stages[0], Part, lane);
     int slot = 0, phase = 0;
+#pragma unroll 2  // instructions are what the walk takes its time for: which buffer is then a constant
     for (int chunk = 0; chunk < chunks; ++chunk) {
         std::uint32_t s[steps][4];
 #pragma unroll
@@ -141,25 +142,25 @@ __device__ void kda_scan(const kda_chunk_args& args, const cuda_launch::segment&
                 s[j][e] = pack(state[2 * j + e / 2][e % 2 * 2], state[2 * j + e / 2][e % 2 * 2 + 1]);
             }
         }
-        float update[2][2][4] = {}, out[2][2][4] = {};  // [two halves of the sum][8 tokens]
-        if (part == 0) {
+        float update[2][2][4] = {}, out[2][4] = {};  // [two halves of the sum][8 tokens], [8 tokens]
+        if (Part == 0) {
             multiply(update[0][0], f.v, f.solve.x, f.solve.y);
             multiply(update[0][1], f.v, f.solve.z, f.solve.w);
         }
-        multiply_state(update, s, f.erase);
+        multiply_state(update[1], update[0], s, f.erase);
         float4 sum[2];
 #pragma unroll
         for (int token = 0; token < 2; ++token) {
             const auto& u = update;
             sum[token] = {u[0][token][0] + u[1][token][0], u[0][token][1] + u[1][token][1],
                           u[0][token][2] + u[1][token][2], u[0][token][3] + u[1][token][3]};
-            if constexpr (parts == 2) exchange.update[chunk % 2][slab][part][token][lane] = sum[token];
+            if constexpr (parts == 2) exchange.update[chunk % 2][slab][Part][token][lane] = sum[token];
         }
-        if (part == parts - 1) {
-            multiply(out[0][0], f.v, f.mix.x, f.mix.y);
-            multiply(out[0][1], f.v, f.mix.z, f.mix.w);
+        if (Part == parts - 1) {
+            multiply(out[0], f.v, f.mix.x, f.mix.y);
+            multiply(out[1], f.v, f.mix.z, f.mix.w);
         }
-        multiply_state(out, s, f.read);
+        multiply_state(out, out, s, f.read);
 #pragma unroll
         for (int j = 0; j < 2 * steps; ++j) {
 #pragma unroll
@@ -173,12 +174,12 @@ __device__ void kda_scan(const kda_chunk_args& args, const cuda_launch::segment&
             named_barrier(slab + 1, 64);
 #pragma unroll
             for (int token = 0; token < 2; ++token) {
-                const float4 other = exchange.update[chunk % 2][slab][part ^ 1][token][lane];
+                const float4 other = exchange.update[chunk % 2][slab][Part ^ 1][token][lane];
                 sum[token] = {sum[token].x + other.x, sum[token].y + other.y, sum[token].z + other.z,
                               sum[token].w + other.w};
             }
         }
-        f.load(ring.stages[ahead], mine, part, lane);
+        f.load(ring.stages[ahead], mine, Part, lane);
         const std::uint32_t u[4] = {pack(sum[0].x, sum[0].y), pack(sum[0].z, sum[0].w), pack(sum[1].x, sum[1].y),
                                     pack(sum[1].z, sum[1].w)};
 #pragma unroll
@@ -189,29 +190,25 @@ __device__ void kda_scan(const kda_chunk_args& args, const cuda_launch::segment&
         __syncwarp();
         if (lane == 0) ring.empty[slot].arrive();
         slot = ahead, phase = ahead_phase;
-        f.load_keys(ring.stages[slot], part, lane);
-        float all[2][4];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) all[i / 4][i % 4] = out[0][i / 4][i % 4] + out[1][i / 4][i % 4];
+        f.load_keys(ring.stages[slot], Part, lane);
         if constexpr (parts == 1) {
-            write_chunk(all[0], all[1]);
+            write_chunk(out[0], out[1]);
         } else {  // the other part's share of the previous chunk has arrived: it was written before the barrier
             if (chunk > 0) {
-                const float4 other = exchange.out[(chunk + 1) % 2][slab][part ^ 1][lane];
+                const float4 other = exchange.out[(chunk + 1) % 2][slab][Part ^ 1][lane];
                 const float whole[4] = {kept[0] + other.x, kept[1] + other.y, kept[2] + other.z, kept[3] + other.w};
                 write_chunk(whole, whole);
             }
+            const float(&keep)[4] = out[Part];
+            const float(&give)[4] = out[1 - Part];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) kept[e] = part == 0 ? all[0][e] : all[1][e];
-            const auto& give = all[1];
-            const auto& take = all[0];
-            exchange.out[chunk % 2][slab][part][lane] =
-                part == 0 ? float4{give[0], give[1], give[2], give[3]} : float4{take[0], take[1], take[2], take[3]};
+            for (int e = 0; e < 4; ++e) kept[e] = keep[e];
+            exchange.out[chunk % 2][slab][Part][lane] = {give[0], give[1], give[2], give[3]};
         }
     }
     if constexpr (parts == 2) {
         named_barrier(slab + 1, 64);
-        const float4 other = exchange.out[(chunks + 1) % 2][slab][part ^ 1][lane];
+        const float4 other = exchange.out[(chunks + 1) % 2][slab][Part ^ 1][lane];
         const float whole[4] = {kept[0] + other.x, kept[1] + other.y, kept[2] + other.z, kept[3] + other.w};
         write_chunk(whole, whole);
     }
