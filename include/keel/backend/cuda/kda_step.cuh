@@ -93,9 +93,9 @@ private:
 
 /// A block of kda_step: it takes all of a head's state (D, D), or so many columns of it, through shared memory, where a
 /// bulk copy brings it without a register or an instruction of anybody: three blocks on a multiprocessor have 192 KB on
-/// their way. A thread has four columns of the rows of its group.
+/// their way. A thread has four columns of the rows of its group. The state lies behind this structure, on a line.
 template <int D>
-struct kda_whole {
+struct __align__(128) kda_whole {
     static constexpr int threads = 256, columns = D > 128 ? 64 : D, across = columns / 4;
     static constexpr int groups = threads / across, rows = D / groups;  // of a group
     static constexpr int bytes = D * columns * 4;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kda_whole<D>::threads, 3)
     kda_step_kernel(const __grid_constant__ launch::kda_args a) {
     using whole = kda_whole<D>;
     using cuda_launch::detail::stage_copy;
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(16) unsigned char memory[];
     __shared__ whole m;
     const int lane = threadIdx.x % warp_size, first = blockIdx.x * whole::columns, h = blockIdx.y;
     const int group = threadIdx.x / whole::across, column = threadIdx.x % whole::across;
