@@ -62,6 +62,15 @@ dtype type_of(const std::string& name, index columns, index layers) {
     return dtype::q4_k;
 }
 
+/// A generator of 64 random bits at a time, of which the upper ones are the better.
+struct random_bits {
+    std::uint64_t state;
+
+    std::uint64_t next() { return state = state * 6364136223846793005u + 1442695040888963407u; }
+    /// What was last drawn as a number from -1 to 1.
+    float value() const { return static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31f; }
+};
+
 /// Random bytes of a type that are valid blocks of small values, as many as anything here needs; the same in every run,
 /// for how many experts are chosen by many rows, and so the time of a step, hangs on them.
 class random_bytes {
@@ -88,14 +97,14 @@ public:
 
 private:
     template <class Block>
-    static void fill(Block* first, Block* last, std::uint64_t state) {
+    static void fill(Block* first, Block* last, std::uint64_t seed) {
+        random_bits random{seed};
         for (Block* b = first; b != last; ++b) {
             for (std::size_t i = 0; i < sizeof(Block); i += 8) {
-                state = state * 6364136223846793005u + 1442695040888963407u;
-                const std::uint64_t bits = state ^ (state >> 29);
+                const std::uint64_t drawn = random.next(), bits = drawn ^ (drawn >> 29);
                 std::memcpy(reinterpret_cast<char*>(b) + i, &bits, std::min<std::size_t>(8, sizeof(Block) - i));
             }
-            const float small = static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31f;
+            const float small = random.value();
             if constexpr (requires { b->value.set(small); }) b->value.set(small * 0.02f);
             if constexpr (Block::elements == 256) b->d.set(to_f16(2e-5f));
             if constexpr (Block::elements == 32 && requires { b->d; }) b->d.set(to_f16(2e-4f));
@@ -111,10 +120,10 @@ private:
 /// on 65.
 std::vector<float> unlike_tokens(index size) {
     std::vector<float> values(static_cast<std::size_t>(size));
-    std::uint64_t state = 12345;
+    random_bits random{12345};
     for (float& x : values) {
-        state = state * 6364136223846793005u + 1442695040888963407u;
-        x = static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31f * 40.0f;
+        random.next();
+        x = random.value() * 40.0f;
     }
     return values;
 }

@@ -9,11 +9,9 @@
 #include <cstddef>
 #include <cstring>
 #include <limits>
-#include <utility>
 
 #include <keel/backend/batch.hpp>
 #include <keel/backend/concept.hpp>
-#include <keel/backend/cpu/amx.hpp>
 #include <keel/backend/cpu/elementwise.hpp>
 #include <keel/backend/cpu/expanded.hpp>
 #include <keel/backend/cpu/latent_products.hpp>

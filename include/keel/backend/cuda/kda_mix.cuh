@@ -8,6 +8,7 @@
 #include <keel/backend/cuda/head_dim.hpp>
 #include <keel/backend/cuda/kda_step.cuh>
 #include <keel/backend/cuda/matvec.cuh>
+#include <keel/backend/cuda/mma.cuh>
 
 namespace keel::cuda_kernels {
 
@@ -33,14 +34,12 @@ public:
             asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         }
         __syncthreads();
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
+        cuda_launch::detail::cluster_arrive();
     }
     __device__ void all_here() const {
         if constexpr (!clusters) return __syncthreads();
-#if __CUDA_ARCH__ >= 900
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
+        cuda_launch::detail::cluster_wait();
     }
 
     /// Writes `value` to `place`, in shared memory, of all blocks.
@@ -84,10 +83,7 @@ public:
     /// Until all blocks have read what was shared, before the next round.
     __device__ static void all_read() {
         if constexpr (!clusters) return __syncthreads();
-#if __CUDA_ARCH__ >= 900
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
+        cuda_launch::detail::cluster_barrier();
     }
 
 private:

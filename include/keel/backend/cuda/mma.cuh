@@ -54,12 +54,17 @@ __device__ inline void copy_async(void* to, const void* from, int valid = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
                  : "memory");
 }
-/// Copies 4, 8 or 16 bytes that nobody reads again soon, so that their lines are the first to leave L2, which has
-/// better to hold: code, parameters and activations of kernels to come.
-template <int Bytes>
-__device__ inline void copy_once(void* to, const void* from) {
+/// For what nobody reads again soon: its lines are the first to leave L2, which has better to hold: code, parameters
+/// and activations of kernels to come.
+__device__ inline unsigned long long leaving_first() {
     unsigned long long policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+/// Copies 4, 8 or 16 bytes that nobody reads again soon.
+template <int Bytes>
+__device__ inline void copy_once(void* to, const void* from) {
+    const unsigned long long policy = leaving_first();
     if constexpr (Bytes == 16) {
         asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                      "l"(from), "l"(policy)
@@ -107,11 +112,21 @@ __device__ inline int cluster_number() {
     return number;
 }
 
-/// Waits for all threads of the blocks of a cluster; what they wrote to shared memory before can be read behind it.
-__device__ inline void cluster_barrier() {
+/// The halves of a barrier for all threads of the blocks of a cluster; what they wrote to shared memory before they
+/// arrived can be read behind the wait.
+__device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_barrier() {
+    cluster_arrive();
+    cluster_wait();
 }
 
 /// What another block of the cluster has where `p` points to in this one's shared memory.
@@ -183,15 +198,13 @@ struct stage_copy {
         }
 #endif
     }
-    /// A multiple of 16 bytes, the same in all lanes. `Once`: nobody reads them again soon, so they are the first to
-    /// leave L2, which has better to hold: code, parameters and activations of kernels to come.
+    /// A multiple of 16 bytes, the same in all lanes. `Once`: nobody reads them again soon.
     template <bool Once = false>
     __device__ void whole(void* to, const void* from, int bytes) const {
 #if __CUDA_ARCH__ >= 900
         if (lane != 0) return;
         if constexpr (Once) {
-            unsigned long long policy;
-            asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+            const unsigned long long policy = leaving_first();
             asm volatile(
                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
                 "[%3], %4;" ::"r"(shared_address(to)),
