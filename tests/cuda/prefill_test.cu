@@ -214,19 +214,60 @@ void test_products() {
     test_products({dtype::f32, dtype::f16}, {70, 40}, 65, 50, false);
 }
 
+/// Random matrices on the device, and their values.
+struct known_matrix {
+    device_matrix on_device;
+    std::vector<float> values;
+
+    known_matrix(keel::dtype type, int count, int rows, int columns, random_source& random)
+        : known_matrix(type, count, rows, columns, random_blocks(type, count * rows, columns, random)) {}
+
+private:
+    template <class Blocks>
+    known_matrix(keel::dtype type, int count, int rows, int columns, const Blocks& blocks)
+        : on_device(upload_matrix(type, count, rows, columns, blocks)),
+          values(decode(type, count * rows, columns, blocks)) {}
+};
+
+/// `count` gated networks.
+struct network {
+    int hidden, width;
+    known_matrix gate, up, down;
+
+    network(keel::dtype type, keel::dtype down_type, int count, int hidden_columns, int w, random_source& random)
+        : hidden(hidden_columns),
+          width(w),
+          gate(type, count, width, hidden, random),
+          up(type, count, width, hidden, random),
+          down(down_type, count, hidden, width, random) {}
+
+    /// y += weight times network `which` of x.
+    void add(int which, double weight, const float* x, double* y) const {
+        const std::size_t first = static_cast<std::size_t>(which) * static_cast<std::size_t>(width * hidden);
+        const float *const g = &gate.values[first], *const u = &up.values[first], *const d = &down.values[first];
+        std::vector<double> inner(static_cast<std::size_t>(width));
+        for (int r = 0; r < width; ++r) {
+            double a = 0, b = 0;
+            for (int c = 0; c < hidden; ++c) {
+                a += static_cast<double>(g[r * hidden + c]) * static_cast<double>(x[c]);
+                b += static_cast<double>(u[r * hidden + c]) * static_cast<double>(x[c]);
+            }
+            inner[static_cast<std::size_t>(r)] = a / (1 + std::exp(-a)) * b;
+        }
+        for (int c = 0; c < hidden; ++c) {
+            double sum = 0;
+            for (int r = 0; r < width; ++r)
+                sum += static_cast<double>(d[c * width + r]) * inner[static_cast<std::size_t>(r)];
+            y[c] += weight * sum;
+        }
+    }
+};
+
+/// `shared`: the width of one more network for every row, or 0.
 void test_feed_forward(keel::dtype type, keel::dtype down_type, int n, int k, int experts, int hidden, int width,
-                       bool accumulate) {
+                       bool accumulate, int shared = 0) {
     random_source random{static_cast<std::uint64_t>(n * 17 + experts)};
-    const int count = std::max(experts, 1);
-    const auto gate = random_blocks(type, count * width, hidden, random),
-               up = random_blocks(type, count * width, hidden, random);
-    const auto down = random_blocks(down_type, count * hidden, width, random);
-    const auto gate_device = upload_matrix(type, count, width, hidden, gate),
-               up_device = upload_matrix(type, count, width, hidden, up);
-    const auto down_device = upload_matrix(down_type, count, hidden, width, down);
-    const auto gate_values = decode(type, count * width, hidden, gate),
-               up_values = decode(type, count * width, hidden, up);
-    const auto down_values = decode(down_type, count * hidden, width, down);
+    const network of(type, down_type, std::max(experts, 1), hidden, width, random);
     const auto x = random.normals(static_cast<std::size_t>(n * hidden));
     const auto before = random.normals(static_cast<std::size_t>(n * hidden));
     std::vector<int> chosen;
@@ -242,36 +283,19 @@ void test_feed_forward(keel::dtype type, keel::dtype down_type, int n, int k, in
             weights.push_back(random.uniform());
         }
     }
+    const network one_more(type, down_type, 1, hidden, std::max(shared, width), random);
     std::vector<double> expected(x.size());
     parallel(n, [&](int i) {
-        std::vector<double> inner(static_cast<std::size_t>(width));
+        const float* const row = &x[static_cast<std::size_t>(i * hidden)];
+        double* const to = &expected[static_cast<std::size_t>(i * hidden)];
         for (int slot = 0; slot < k; ++slot) {
-            const std::size_t e =
-                experts > 0 ? static_cast<std::size_t>(chosen[static_cast<std::size_t>(i * k + slot)]) : 0;
-            const float* const g = &gate_values[e * static_cast<std::size_t>(width * hidden)];
-            const float* const u = &up_values[e * static_cast<std::size_t>(width * hidden)];
-            const float* const d = &down_values[e * static_cast<std::size_t>(width * hidden)];
-            for (int r = 0; r < width; ++r) {
-                double a = 0, b = 0;
-                for (int c = 0; c < hidden; ++c) {
-                    a += static_cast<double>(g[r * hidden + c]) *
-                         static_cast<double>(x[static_cast<std::size_t>(i * hidden + c)]);
-                    b += static_cast<double>(u[r * hidden + c]) *
-                         static_cast<double>(x[static_cast<std::size_t>(i * hidden + c)]);
-                }
-                inner[static_cast<std::size_t>(r)] = a / (1 + std::exp(-a)) * b;
-            }
-            const double w = experts > 0 ? static_cast<double>(weights[static_cast<std::size_t>(i * k + slot)]) : 1.0;
-            for (int c = 0; c < hidden; ++c) {
-                double sum = 0;
-                for (int r = 0; r < width; ++r)
-                    sum += static_cast<double>(d[c * width + r]) * inner[static_cast<std::size_t>(r)];
-                expected[static_cast<std::size_t>(i * hidden + c)] += w * sum;
-            }
+            const auto pair = static_cast<std::size_t>(i * k + slot);
+            if (experts > 0) of.add(chosen[pair], static_cast<double>(weights[pair]), row, to);
         }
+        if (experts == 0) of.add(0, 1, row, to);
+        if (shared > 0) one_more.add(0, 1, row, to);
         for (int c = 0; accumulate && c < hidden; ++c) {
-            expected[static_cast<std::size_t>(i * hidden + c)] +=
-                static_cast<double>(before[static_cast<std::size_t>(i * hidden + c)]);
+            to[c] += static_cast<double>(before[static_cast<std::size_t>(i * hidden + c)]);
         }
     });
     const device_array<float> x_device(x), weights_device(weights);
@@ -281,7 +305,11 @@ void test_feed_forward(keel::dtype type, keel::dtype down_type, int n, int k, in
     launch::feed_forward_args args{{x_device.data(), hidden, n}};
     if (experts > 0) args.chosen = chosen_device.data(), args.weights = weights_device.data();
     args.chosen_row = args.weights_row = args.k = k;
-    args.gate = gate_device.matrix, args.up = up_device.matrix, args.down = down_device.matrix;
+    args.gate = of.gate.on_device.matrix, args.up = of.up.on_device.matrix, args.down = of.down.on_device.matrix;
+    if (shared > 0) {
+        args.shared_gate = one_more.gate.on_device.matrix, args.shared_up = one_more.up.on_device.matrix;
+        args.shared_down = one_more.down.on_device.matrix;
+    }
     args.out = out.data(), args.out_row = hidden, args.accumulate = accumulate, args.workspace = workspace.data();
     std::vector<float> first;
     bool same = true;
@@ -296,7 +324,8 @@ void test_feed_forward(keel::dtype type, keel::dtype down_type, int n, int k, in
     }
     report("feed_forward n=" + std::to_string(n) + " k=" + std::to_string(k) + " X=" + std::to_string(experts) +
                " hidden=" + std::to_string(hidden) + " width=" + std::to_string(width) + " " +
-               std::string(keel::info(type).name) + " " + std::string(keel::info(down_type).name),
+               std::string(keel::info(type).name) + " " + std::string(keel::info(down_type).name) +
+               (shared > 0 ? " shared " + std::to_string(shared) : ""),
            relative_error(first, expected), 2e-3, same);
 }
 
@@ -304,14 +333,22 @@ void test_feed_forward() {
     using keel::dtype;
     test_feed_forward(dtype::q4_k, dtype::q6_k, 150, 1, 0, 512, 768, true);
     test_feed_forward(dtype::q8_0, dtype::q8_0, 33, 1, 0, 160, 96, false);
-    test_feed_forward(dtype::q4_k, dtype::q6_k, 333, 4, 16, 512, 256, false);
+    test_feed_forward(dtype::q4_k, dtype::q6_k, 333, 4, 16, 512, 256, false, 256);
     test_feed_forward(dtype::f32, dtype::f16, 40, 2, 8, 64, 48, true);
     test_feed_forward(dtype::q4_k, dtype::q4_k, 1, 8, 256, 256, 256, false);
     test_feed_forward(dtype::q4_k, dtype::q6_k, 13, 4, 16, 512, 256, true);
-    test_feed_forward(dtype::q5_k, dtype::q8_0, 64, 8, 64, 256, 320, false);
+    test_feed_forward(dtype::q5_k, dtype::q8_0, 64, 8, 64, 256, 320, false, 320);
     test_feed_forward(dtype::q4_0, dtype::bf16, 17, 2, 8, 160, 96, true);
     test_feed_forward(dtype::f32, dtype::f16, 5, 2, 8, 64, 48, true);
     test_feed_forward(dtype::q4_k, dtype::q6_k, 50, 1, 0, 512, 768, true);
+    // Experts with few rows of K-quantised weights.
+    test_feed_forward(dtype::q4_k, dtype::q4_k, 13, 4, 16, 768, 512, false, 512);
+    test_feed_forward(dtype::q4_k, dtype::q6_k, 13, 4, 16, 512, 512, true, 1024);
+    test_feed_forward(dtype::q5_k, dtype::q5_k, 32, 8, 64, 1024, 768, true);
+    test_feed_forward(dtype::q6_k, dtype::q4_k, 32, 8, 64, 1280, 256, false, 256);
+    test_feed_forward(dtype::q4_k, dtype::q6_k, 32, 8, 64, 2304, 1024, true, 1024);
+    test_feed_forward(dtype::q4_k, dtype::q5_k, 32, 4, 32, 1280, 2048, false);
+    test_feed_forward(dtype::q4_k, dtype::q4_k, 64, 8, 64, 512, 256, false, 256);
 }
 
 struct sequence {
@@ -451,7 +488,7 @@ int main(int count, char** words) {
         test_products({dtype::q4_k, dtype::q6_k}, {520, 256}, 200, 512, true);
         test_products({dtype::q4_k, dtype::q6_k}, {520, 256}, 20, 512, true);
         test_feed_forward(dtype::q4_k, dtype::q6_k, 333, 4, 16, 256, 256, true);
-        test_feed_forward(dtype::q4_k, dtype::q6_k, 13, 4, 16, 256, 256, true);
+        test_feed_forward(dtype::q4_k, dtype::q6_k, 13, 4, 16, 256, 256, true, 256);
         test_attend({{0, 300}, {301, 5}}, 2, 128, 64, 128, 512, true, dtype::q8_0, 256);
     } else {
         test_attend();

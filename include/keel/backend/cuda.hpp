@@ -242,8 +242,8 @@ public:
             if (n >= 128 && a.router.on_device.type == cuda_launch::layout::f32) {
                 prefill().multiply(h, {{a.router, logits}});
             } else {
-                cuda_launch::matvec_args product = input(view<const float, 2>(h));
-                product.quantise = 0;  // a choice hangs on it
+                cuda_launch::matvec_args product = router_input(a);
+                product.beside = 1;  // the norm of x that the experts take
                 multiply(product, {{a.router, logits}});
             }
             route.chosen = chosen.data;
@@ -251,19 +251,16 @@ public:
             route.chosen_row = chosen.stride[0];
             route.weights_row = weights.stride[0];
             call("route", cuda_launch::route(route, stream()));
-            prefill().feed_forward(chosen_networks({h, a.gate, a.up, a.down, a.x, true}, chosen, weights));
-            if (a.shared_gate != nullptr) swiglu({h, *a.shared_gate, *a.shared_up, *a.shared_down, a.x, true});
+            cuda_launch::feed_forward_args all{chosen_networks({h, a.gate, a.up, a.down, a.x, true}, chosen, weights)};
+            take_shared(a, all);
+            prefill().feed_forward(all);
             return;
         }
         const bool codes = n > 1 && quantise(a.x.extent[1]) == 1 && is_integer(a.gate) && is_integer(a.up) &&
                            (a.shared_gate == nullptr || (is_integer(*a.shared_gate) && is_integer(*a.shared_up)));
         const index code_bytes = cuda_launch::code_row_bytes(number((a.x.extent[1] + 31) / 32));
         const auto coded = workspace().take<unsigned char>(codes ? n : 0, code_bytes);
-        cuda_launch::matvec_args product = input(a.x);
-        product.before = cuda_launch::prologue::rms_norm;
-        product.norm = a.norm.data;
-        product.epsilon = a.epsilon;
-        product.quantise = 0;  // a choice hangs on it
+        cuda_launch::matvec_args product = router_input(a);
         product.put_codes = codes ? coded.data : nullptr;
         multiply(product, {{a.router, logits}});
         cuda_launch::experts_args to{network({a.x, a.gate, a.up, a.down, a.x, true})};
@@ -272,11 +269,7 @@ public:
         to.codes = codes ? coded.data : nullptr;
         to.route = route;
         to.k = number(a.chosen);
-        if (a.shared_gate != nullptr) {
-            to.shared_gate = a.shared_gate->on_device;
-            to.shared_up = a.shared_up->on_device;
-            to.shared_down = a.shared_down->on_device;
-        }
+        take_shared(a, to);
         experts_of_few(to);
     }
 
@@ -344,6 +337,15 @@ private:
         return a;
     }
 
+    [[nodiscard]] cuda_launch::matvec_args router_input(const moe_args<matrix>& a) const {
+        cuda_launch::matvec_args product = input(a.x);
+        product.before = cuda_launch::prologue::rms_norm;
+        product.norm = a.norm.data;
+        product.epsilon = a.epsilon;
+        product.quantise = 0;  // a choice hangs on it
+        return product;
+    }
+
     /// Takes what a mixer's kernel leaves for W_out, activations of heads of that width or codes of them, and answers
     /// W_out's input.
     template <class Mix>
@@ -374,7 +376,7 @@ private:
 
     void feed_forward(view<const float, 2> x, const cuda_launch::experts_args& a) {
         if (many(x)) {
-            prefill().feed_forward(a);
+            prefill().feed_forward({a});
         } else {
             experts_of_few(a);
         }

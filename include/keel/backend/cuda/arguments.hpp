@@ -275,6 +275,15 @@ protected:
         return to;
     }
 
+    /// The shared network of a sparse layer, if there is one.
+    template <class To>
+    static void take_shared(const moe_args<cuda_matrix>& a, To& to) {
+        if (a.shared_gate == nullptr) return;
+        to.shared_gate = a.shared_gate->on_device;
+        to.shared_up = a.shared_up->on_device;
+        to.shared_down = a.shared_down->on_device;
+    }
+
     /// One small matrix per head, for the mat-vec kernels or those of many rows. Without how many products there are.
     template <class To>
     static To per_head(const matmul_heads_args<cuda_matrix>& a) {

@@ -43,6 +43,10 @@ __device__ inline void wait_for_previous() {
     if (ThenStartNext) start_next();
 }
 
+// A kernel may also go beside the previous one, where it needs nothing of it and that one lets the next start only when
+// it has waited itself: then all before it are done. Such a kernel waits at its end, for those behind it wait for
+// nobody else.
+
 /// Starts a kernel behind the previous one on the stream, overlapping its beginning with that one's end. `cluster`
 /// neighbouring blocks share their shared memory, where there are clusters; 0: none do.
 template <class Kernel, class... Arguments>
@@ -182,12 +186,12 @@ __device__ inline void begin_copy(unsigned char* to, const unsigned char* from, 
     for (int i = 16 * (threadIdx.x % warp_size); i < bytes; i += 16 * warp_size) begin_copy16(to + i, from + i);
 }
 
-/// Bytes of shared memory that a block may ask for, of `wanted`; a little is left for static arrays.
-inline int shared_bytes_up_to(int wanted) {
+/// Bytes of shared memory that a block may ask for, of `wanted`, beside its static arrays of up to `static_bytes`.
+inline int shared_bytes_up_to(int wanted, int static_bytes = 2048) {
     int device = 0, most = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return most - 2048 < wanted ? most - 2048 : wanted;
+    return most - static_bytes < wanted ? most - static_bytes : wanted;
 }
 
 inline int multiprocessors() {

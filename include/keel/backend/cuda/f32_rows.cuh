@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(f32_rows::most_threads)
             w[r][i] = {v.x * norm.x, v.y * norm.y, v.z * norm.z, v.w * norm.w};
         }
     }
-    wait_for_previous();
+    if (!a.beside) wait_for_previous();
     const int first_x = blockIdx.y * Rows;
     float sum[values] = {};
 #pragma unroll
@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(f32_rows::most_threads)
         const float total = lanes_sum_each<values>(sum);
         if (lane % lanes == 0) of_warp[lane / lanes] = total;
     }
+    if (a.beside) wait_for_previous();
     __syncthreads();
     const int n = threadIdx.x / rows, r = threadIdx.x % rows;
     if (n >= Rows || first_x + n >= a.rows) return;

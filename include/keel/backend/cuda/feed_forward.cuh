@@ -2,8 +2,8 @@
 //
 // Gated feed-forward networks of many rows, one or a choice of many. With a choice, rows are sorted by expert first:
 // every (row, slot) gets a position, those of an expert are consecutive and begin on a multiple of 8, and each expert
-// has a tile for every 128 of its positions, or for every 16 where there are few rows. Where a position lies in a tile
-// changes no bit of its results, so the order within an expert does not matter.
+// has a tile for every 128 of its positions, or for every 16 or 4 where there are few rows. Where a position lies in a
+// tile changes no bit of its results, so the order within an expert does not matter.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <keel/backend/cuda/few_experts.cuh>
 #include <keel/backend/cuda/few_rows.cuh>
 #include <keel/backend/cuda/gemm.cuh>
 #include <keel/backend/cuda/launch_prefill.hpp>
@@ -32,17 +33,32 @@ struct expert_order {
     }
 };
 
+/// Which expert each of `slots` pairs of every row goes to: chosen ones, and behind the last of these the shared one,
+/// whose number is `experts`.
+struct expert_choice {
+    const int* chosen;
+    long long chosen_row;
+    int rows, slots, experts;
+    bool shared;
+
+    int pairs() const { return rows * slots; }
+    __device__ int expert(int pair) const {
+        const int row = pair / slots, slot = pair % slots;
+        return shared && slot == slots - 1 ? experts : chosen[row * chosen_row + slot];
+    }
+};
+
 /// One block of 1024 threads.
-__global__ void __launch_bounds__(1024) sort_kernel(const int* chosen, long long chosen_row, int rows, int k,
-                                                    int experts, int rows_of_tile, expert_order order) {
+__global__ void __launch_bounds__(1024) sort_kernel(expert_choice choice, int rows_of_tile, expert_order order) {
     __shared__ int count[most_experts], next[most_experts], sums[2][32];
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int pairs = choice.rows * choice.slots;
     cuda_kernels::wait_for_previous();
     count[thread] = 0;
     __syncthreads();
-    for (int i = thread; i < rows * k; i += 1024) atomicAdd(&count[chosen[i / k * chosen_row + i % k]], 1);
+    for (int i = thread; i < pairs; i += 1024) atomicAdd(&count[choice.expert(i)], 1);
     __syncthreads();
-    const int mine = thread < experts ? count[thread] : 0;
+    const int mine = count[thread];
     const int places = (mine + 7) / 8 * 8, tiles = (mine + rows_of_tile - 1) / rows_of_tile;
     int before_places = places, before_tiles = tiles;  // running sums
 #pragma unroll
@@ -62,8 +78,8 @@ __global__ void __launch_bounds__(1024) sort_kernel(const int* chosen, long long
     for (int i = mine; i < places; ++i) order.pair[before_places + i] = -1;
     next[thread] = before_places;
     __syncthreads();
-    for (int i = thread; i < rows * k; i += 1024) {
-        const int position = atomicAdd(&next[chosen[i / k * chosen_row + i % k]], 1);
+    for (int i = thread; i < pairs; i += 1024) {
+        const int position = atomicAdd(&next[choice.expert(i)], 1);
         order.position[i] = position;
         order.pair[position] = i;
     }
@@ -149,17 +165,19 @@ __global__ void __launch_bounds__(256, 1) gated_kernel(const __grid_constant__ g
     visit_tile<Planes>(tile.rows, [&]<int N>() { gated_tile<N, L, Planes>(args, tile, first_row, block); });
 }
 
-/// out[row] = or += sum of weights[row][slot] y[row k + slot], slot by slot. Grid: (columns / 1024, rows).
-__global__ void __launch_bounds__(256) join_kernel(const float* y, const float* weights, long long weights_row, int k,
-                                                   int columns, float* out, long long out_row, int accumulate) {
+/// out[row] = or += sum of weights[row][slot] y[row slots + slot], slot by slot; the weight of slots from k on is 1.
+/// Grid: (columns / 1024, rows).
+__global__ void __launch_bounds__(256)
+    join_kernel(const float* y, const float* weights, long long weights_row, int k, int slots, int columns, float* out,
+                long long out_row, int accumulate) {
     cuda_kernels::wait_for_previous();
     const int column = (static_cast<int>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x)) * 4;
     const long long row = blockIdx.y;
     if (column >= columns) return;
     float4 sum = {0, 0, 0, 0};
-    for (int slot = 0; slot < k; ++slot) {
-        const float w = weights[row * weights_row + slot];
-        const float4 v = __ldcs(reinterpret_cast<const float4*>(y + (row * k + slot) * columns + column));
+    for (int slot = 0; slot < slots; ++slot) {
+        const float w = slot < k ? weights[row * weights_row + slot] : 1.0f;
+        const float4 v = __ldcs(reinterpret_cast<const float4*>(y + (row * slots + slot) * columns + column));
         sum.x += w * v.x, sum.y += w * v.y, sum.z += w * v.z, sum.w += w * v.w;
     }
     auto& to = *reinterpret_cast<float4*>(out + row * out_row + column);
@@ -170,23 +188,29 @@ __global__ void __launch_bounds__(256) join_kernel(const float* y, const float* 
     to = sum;
 }
 
+/// Up to so many pairs experts have so few rows each that their weights, not products, take the time.
+constexpr int most_few(int experts) { return few_list_rows / 2 * experts; }
+
 /// Where things lie in the workspace.
 struct feed_forward_plan {
     std::size_t used = 0;
     std::size_t rows, hidden, sorted = 0, outputs = 0, pair = 0, position = 0, tiles = 0, tile_count = 0;
 
     feed_forward_plan(int count, int k, int experts, int hidden_columns, int width, int planes) {
-        const int pairs = count * k;
-        const int positions = experts == 0 ? count : expert_order::positions(pairs, experts);
+        // With few rows, also pairs with the shared expert, and floats between the products.
+        const int few_rows = std::min(count, most_few(experts) / k), groups = experts + 1;
+        const int pairs = count * k + few_rows;
+        const int positions = experts == 0 ? count : expert_order::positions(pairs, groups);
         rows = take(prepared::bytes(count, hidden_columns, planes));
-        hidden = take(prepared::bytes(positions, width, planes));
+        const auto floats = static_cast<std::size_t>(few_rows * (k + 1)) * static_cast<std::size_t>(width);
+        hidden = take(std::max(prepared::bytes(positions, width, planes), floats * sizeof(float)));
         if (experts == 0) return;
         sorted = take(prepared::bytes(positions, hidden_columns, planes));
         outputs = take(static_cast<std::size_t>(pairs) * static_cast<std::size_t>(hidden_columns) * sizeof(float));
         pair = take(static_cast<std::size_t>(positions) * sizeof(int));
         position = take(static_cast<std::size_t>(pairs) * sizeof(int));
-        tiles =
-            take(static_cast<std::size_t>(expert_order::most_tiles(pairs, experts, few_list_rows)) * sizeof(row_tile));
+        tiles = take(static_cast<std::size_t>(expert_order::most_tiles(pairs, groups, byte_rows::most_rows)) *
+                     sizeof(row_tile));
         tile_count = take(sizeof(int));
     }
 
@@ -195,6 +219,37 @@ private:
         const std::size_t at = used;
         used += (bytes + 1023) / 1024 * 1024;
         return at;
+    }
+};
+
+/// The two kernels of few_experts.cuh, if they are for such networks; with the shared one, if it is like the others.
+struct few_experts {
+    few_experts_arguments<2> up;
+    few_experts_arguments<1> down;
+    bool serve, shared;
+
+    few_experts(const feed_forward_args& args, const expert_order& order, float* inner, float* outputs) {
+        const int width = args.gate.rows, hidden = args.gate.columns;
+        shared = args.shared_like_others() && args.gate.count < most_experts;
+        up = {order.tiles,
+              order.tile_count,
+              order.pair,
+              args.x,
+              args.x_row,
+              shared ? args.k + 1 : args.k,
+              {args.gate, args.up},
+              {args.shared_gate.data, args.shared_up.data},
+              inner,
+              width,
+              {}};
+        down = {order.tiles, order.tile_count,        order.pair, inner,  width, 1,
+                {args.down}, {args.shared_down.data}, outputs,    hidden, {}};
+        serve = shape_few_experts(up) && shape_few_experts(down);
+    }
+
+    cudaError_t start(cudaStream_t stream) const {
+        const cudaError_t error = start_few_experts(up, stream);
+        return error == cudaSuccess ? start_few_experts(down, stream) : error;
     }
 };
 
@@ -217,27 +272,36 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
     const int planes = planes_for(args.gate.type), inner_planes = planes_for(args.down.type);
     const feed_forward_plan plan(args.rows, args.k, experts, hidden, width, std::max(planes, inner_planes));
     unsigned char* const memory = static_cast<unsigned char*>(args.workspace);
-    const int pairs = args.rows * args.k, positions = choice ? expert_order::positions(pairs, experts) : args.rows;
-    const bool few = (choice ? pairs <= few_list_rows / 2 * experts : args.rows <= few_tile_rows) &&
-                     fits_few<2>(args.gate) && fits_few<1>(args.down);
     const expert_order order{reinterpret_cast<int*>(memory + plan.pair), reinterpret_cast<int*>(memory + plan.position),
                              reinterpret_cast<row_tile*>(memory + plan.tiles),
                              reinterpret_cast<int*>(memory + plan.tile_count)};
     float* const outputs = reinterpret_cast<float*>(memory + plan.outputs);
     product_target down{args.down, args.out, args.out_row, args.accumulate, 0, 0};
     tiling tiles{nullptr, nullptr, args.rows, few_tile_rows};
+    const few_experts streamed(args, order, reinterpret_cast<float*>(memory + plan.hidden), outputs);
+    const bool few_each = choice && args.rows * args.k <= most_few(experts);
+    const bool streams = choice && args.rows * args.k <= byte_rows::most_rows * experts && streamed.serve;
+    const bool few =
+        (choice ? few_each : args.rows <= few_tile_rows) && fits_few<2>(args.gate) && fits_few<1>(args.down);
+    const bool with_shared = streams && streamed.shared;
+    const expert_choice of{args.chosen, args.chosen_row, args.rows, with_shared ? args.k + 1 : args.k,
+                           experts,     with_shared};
+    const int pairs = of.pairs(), positions = choice ? expert_order::positions(pairs, experts) : args.rows;
     int most_tiles = tiles.tiles();
     if (choice) {
-        const int rows_of_tile = few ? few_list_rows : tile_rows / std::max(planes, inner_planes);
-        const cudaError_t error = cuda_kernels::start(sort_kernel, dim3(1), 1024, 0, stream, args.chosen,
-                                                      args.chosen_row, args.rows, args.k, experts, rows_of_tile, order);
+        const int rows_of_tile = streams ? byte_rows::most_rows
+                                 : few   ? few_list_rows
+                                         : tile_rows / std::max(planes, inner_planes);
+        const cudaError_t error = cuda_kernels::start(sort_kernel, dim3(1), 1024, 0, stream, of, rows_of_tile, order);
         if (error != cudaSuccess) return error;
         down = {args.down, outputs, hidden, 0, 0, 0};
         tiles = {order.tiles, order.tile_count, 0, 0};
         most_tiles = expert_order::most_tiles(pairs, experts, rows_of_tile);
     }
     cudaError_t error = cudaSuccess;
-    if (few) {
+    if (streams) {
+        error = streamed.start(stream);
+    } else if (few) {
         const fragment_rows x(memory + plan.rows, args.rows, hidden, planes);
         const fragment_rows inner(memory + plan.hidden, positions, width, inner_planes);
         error = prepare_rows({args.x, args.x_row, 0}, 1, args.rows, hidden, {}, x, stream);
@@ -272,9 +336,16 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
         error = start_all_products(arguments, &down, 1, most_tiles, stream);
     }
     if (error != cudaSuccess || !choice) return error;
-    return cuda_kernels::start(
-        join_kernel, dim3(static_cast<unsigned>((hidden + 1023) / 1024), static_cast<unsigned>(args.rows)), 256, 0,
-        stream, outputs, args.weights, args.weights_row, args.k, hidden, args.out, args.out_row, args.accumulate);
+    error = cuda_kernels::start(join_kernel,
+                                dim3(static_cast<unsigned>((hidden + 1023) / 1024), static_cast<unsigned>(args.rows)),
+                                256, 0, stream, outputs, args.weights, args.weights_row, args.k, of.slots, hidden,
+                                args.out, args.out_row, args.accumulate);
+    if (error != cudaSuccess || with_shared || args.shared_gate.data == nullptr) return error;
+    feed_forward_args rest = args;
+    rest.chosen = nullptr;
+    rest.accumulate = 1;
+    rest.gate = args.shared_gate, rest.up = args.shared_up, rest.down = args.shared_down;
+    return feed_forward(rest, stream);
 }
 
 }  // namespace keel::cuda_launch

@@ -112,7 +112,8 @@ struct few_input {
     tiling tiles;
     const int* pairs;  ///< null, or pairs[position] / k is the row of x
     int k;
-    int log_parts = 0;  ///< of the blocks that share rows of W
+    int log_parts = 0;    ///< of the blocks that share rows of W
+    bool beside = false;  ///< the kernel is beside the one before, which reads the same x
 
     /// Row i of a tile, or its last one. All rows of several matrices lie side by side, as heads do.
     __device__ int position(const row_tile& tile, int i) const {
@@ -185,7 +186,11 @@ __device__ void multiply_few(float (&acc)[Matrices][Tiles][4], const few_weights
     }
 #pragma unroll
     for (int i = 0; i < ahead; ++i) ask_weights(first + i, i);
-    if (in.tiles.list == nullptr) cuda_kernels::wait_for_previous();  // weights need not wait
+    if (in.beside) {
+        cuda_kernels::start_next();
+    } else if (in.tiles.list == nullptr) {
+        cuda_kernels::wait_for_previous();  // weights need not wait
+    }
 #pragma unroll
     for (int i = 0; i < copies; ++i) {
         const int row = in.row(tile, 8 * (i * halves + half) + piece % 32 / 4);

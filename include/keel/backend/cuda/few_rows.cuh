@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(few_threads, 2) few_product_kernel(const __gri
     if (!args.in.tiles.get(static_cast<int>(blockIdx.y), tile)) return;
     const few_place place;
     visit_few<Most>(tile.rows, [&]<int Tiles>() { few_product_tile<Tiles, L>(args, tile, place); });
+    if (args.in.beside) cuda_kernels::wait_for_previous<false>();
 }
 
 struct few_gated_arguments {
@@ -130,7 +131,8 @@ cudaError_t start_few(void (*kernel)(Arguments), int row_groups, const matrix& l
                                         few_bytes<L, Matrices, Most>(like), stream, args);
 }
 
-/// All products of a list that share a layout in one launch; `tiles` is the most that args.in.tiles may have.
+/// All products of a list that share a layout in one launch, beside those with another; `tiles` is the most that
+/// args.in.tiles may have.
 inline cudaError_t start_few_products(few_arguments args, const product_target* list, int count, int tiles,
                                       cudaStream_t stream) {
     for (int type = 0; type <= static_cast<int>(layout::wide); ++type) {
@@ -152,6 +154,7 @@ inline cudaError_t start_few_products(few_arguments args, const product_target* 
                                                  : with.template operator()<few_list_rows / 8>();
         });
         if (error != cudaSuccess) return error;
+        args.in.beside = args.in.tiles.list == nullptr;
     }
     return cudaSuccess;
 }

@@ -102,6 +102,7 @@ struct matvec_args {
     float epsilon;
     int head_dim, slabs;
     int quantise;  ///< 1: integer codes are multiplied with activations rounded to 8 bits
+    int beside;    ///< 1: what the kernel before makes is not needed, and it waits before it lets the next one start
     int products;
     product list[most];
 };

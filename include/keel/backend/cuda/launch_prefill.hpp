@@ -64,9 +64,19 @@ std::size_t products_bytes(int rows, int columns);
 cudaError_t products(const products_args& args, cudaStream_t stream);
 
 /// Networks for many rows. The sum over chosen ones is over slots in order, so that it is the same on every run. `gate`
-/// and `up` must have the same type, gate.columns is even.
+/// and `up` must have the same type, gate.columns is even. With a choice there may be one more network, `shared`, for
+/// every row.
 struct feed_forward_args : networks {
+    matrix shared_gate{}, shared_up{}, shared_down{};
     void* workspace = nullptr;  ///< feed_forward_bytes(..), on 256 bytes
+
+    /// Whether there is a shared network that differs from an expert's in its weights only.
+    bool shared_like_others() const {
+        const auto like = [](const matrix& a, const matrix& b) {
+            return a.type == b.type && a.rows == b.rows && a.columns == b.columns;
+        };
+        return shared_gate.data != nullptr && like(shared_gate, gate) && like(shared_up, up) && like(shared_down, down);
+    }
 };
 /// `experts` is 0 for one network without a choice; `planes` is 2 if any weights are f16 or bf16, else 1.
 std::size_t feed_forward_bytes(int rows, int k, int experts, int hidden, int width, int planes);

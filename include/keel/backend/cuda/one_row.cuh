@@ -8,50 +8,10 @@
 
 #include <keel/backend/cuda/device.cuh>
 #include <keel/backend/cuda/formats.cuh>
-#include <keel/backend/cuda/mma.cuh>
+#include <keel/backend/cuda/slot_ring.cuh>
 #include <keel/backend/cuda/staging.cuh>
 
 namespace keel::cuda_kernels {
-
-/// A ring of slots in shared memory: one warp, all its lanes, fills them in turn, and others use each when it is full.
-template <int Slots>
-class slot_ring {
-public:
-    /// One thread, before a barrier. `users`: warps that release a slot before it is filled again.
-    __device__ void init(int users) {
-        for (int i = 0; i < Slots; ++i) full_[i].init(stage_copy::arrivals), free_[i].init(users);
-        publish_to_copies();
-    }
-
-    /// A warp's place in the ring, of which it takes `slots`.
-    struct cursor {
-        int slots, slot = 0, round = 0;
-        __device__ void next() {
-            if (++slot == slots) slot = 0, ++round;
-        }
-    };
-
-    /// The warp that fills: waits until the slot is free, then begins to copy.
-    __device__ void fill(const cursor& at, unsigned char* to, const unsigned char* from, int bytes) {
-        if (at.round > 0) free_[at.slot].wait((at.round - 1) & 1);
-        const stage_copy copy{full_[at.slot], static_cast<int>(threadIdx.x % warp_size)};
-        copy.begin(bytes);
-        if (bytes > 0) copy.whole<true>(to, from, bytes);
-        copy.end();
-    }
-    __device__ void wait(const cursor& at) { full_[at.slot].wait(at.round & 1); }
-    __device__ void release(const cursor& at) {
-        __syncwarp();
-        if (threadIdx.x % warp_size == 0) free_[at.slot].arrive();
-    }
-
-private:
-    using barrier = cuda_launch::detail::barrier;
-    using stage_copy = cuda_launch::detail::stage_copy;
-    __device__ static void publish_to_copies() { cuda_launch::detail::publish_to_copies(); }
-
-    barrier full_[Slots], free_[Slots];
-};
 
 /// A barrier of the first `threads` threads of a block, whole warps.
 __device__ inline void barrier_of(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }

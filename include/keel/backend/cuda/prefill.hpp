@@ -81,19 +81,20 @@ public:
     }
 
     /// In two parts where activations take two planes: so the workspace need not be larger for these.
-    void feed_forward(const cuda_launch::networks& of) {
+    void feed_forward(const cuda_launch::feed_forward_args& of) {
         const int planes = planes_of(of), part = (of.rows + planes - 1) / planes;
         for (int first = 0; first < of.rows; first += part) {
             const arena::scope scope(workspace_);
-            cuda_launch::networks now = of;
+            cuda_launch::feed_forward_args now = of;
             now.rows = std::min(part, of.rows - first);
             now.x += first * of.x_row;
             now.out += first * of.out_row;
             if (of.chosen != nullptr) now.chosen += first * of.chosen_row, now.weights += first * of.weights_row;
-            const int experts = of.chosen != nullptr ? of.gate.count : 0;
-            void* const memory =
-                take(cuda_launch::feed_forward_bytes(now.rows, of.k, experts, of.gate.columns, of.gate.rows, planes));
-            call("experts", cuda_launch::feed_forward({now, memory}, stream_));
+            const int experts = of.chosen != nullptr ? of.gate.count : 0, hidden = of.gate.columns;
+            now.workspace =
+                take(std::max(cuda_launch::feed_forward_bytes(now.rows, of.k, experts, hidden, of.gate.rows, planes),
+                              cuda_launch::feed_forward_bytes(now.rows, 1, 0, hidden, of.shared_gate.rows, planes)));
+            call("experts", cuda_launch::feed_forward(now, stream_));
         }
     }
 
@@ -135,11 +136,11 @@ public:
     }
 
 private:
-    static int planes_of(const cuda_launch::networks& n) {
+    static int planes_of(const cuda_launch::feed_forward_args& n) {
         const auto plain = [](const cuda_launch::matrix& m) {
             return m.type == cuda_launch::layout::f16 || m.type == cuda_launch::layout::bf16;
         };
-        return plain(n.gate) || plain(n.down) ? 2 : 1;
+        return plain(n.gate) || plain(n.down) || plain(n.shared_gate) || plain(n.shared_down) ? 2 : 1;
     }
     static std::size_t network_bytes(int rows, int k, int experts, int hidden, int width) {
         return std::max(cuda_launch::feed_forward_bytes(rows, k, experts, hidden, width, 1),

@@ -97,7 +97,7 @@ __device__ void prepare_row(const Rows& out, int row, int columns, int lane, At&
     }
 }
 
-inline constexpr int prepare_threads = 128;
+inline constexpr int prepare_threads = 256;
 
 /// A block per row. `heads` of x side by side are as many rows.
 template <class Rows>
