@@ -226,7 +226,7 @@ private:
 struct few_experts {
     few_experts_arguments<2> up;
     few_experts_arguments<1> down;
-    bool serve, shared;
+    bool serves, shared;
 
     few_experts(const feed_forward_args& args, const expert_order& order, float* inner, float* outputs) {
         const int width = args.gate.rows, hidden = args.gate.columns;
@@ -244,7 +244,7 @@ struct few_experts {
               {}};
         down = {order.tiles, order.tile_count,        order.pair, inner,  width, 1,
                 {args.down}, {args.shared_down.data}, outputs,    hidden, {}};
-        serve = shape_few_experts(up) && shape_few_experts(down);
+        serves = shape_few_experts(up) && shape_few_experts(down);
     }
 
     cudaError_t start(cudaStream_t stream) const {
@@ -280,7 +280,7 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
     tiling tiles{nullptr, nullptr, args.rows, few_tile_rows};
     const few_experts streamed(args, order, reinterpret_cast<float*>(memory + plan.hidden), outputs);
     const bool few_each = choice && args.rows * args.k <= most_few(experts);
-    const bool streams = choice && args.rows * args.k <= byte_rows::most_rows * experts && streamed.serve;
+    const bool streams = choice && args.rows * args.k <= byte_rows::most_rows * experts && streamed.serves;
     const bool few =
         (choice ? few_each : args.rows <= few_tile_rows) && fits_few<2>(args.gate) && fits_few<1>(args.down);
     const bool with_shared = streams && streamed.shared;
