@@ -301,7 +301,8 @@ void test_feed_forward(keel::dtype type, keel::dtype down_type, int n, int k, in
     const device_array<float> x_device(x), weights_device(weights);
     const device_array<int> chosen_device(chosen);
     device_array<float> out(x.size());
-    device_array<unsigned char> workspace(launch::feed_forward_bytes(n, k, experts, hidden, width, 2));
+    device_array<unsigned char> workspace(
+        launch::feed_forward_bytes(n, experts > 0 ? k : 0, experts, hidden, width, 2));
     launch::feed_forward_args args{{x_device.data(), hidden, n}};
     if (experts > 0) args.chosen = chosen_device.data(), args.weights = weights_device.data();
     args.chosen_row = args.weights_row = args.k = k;

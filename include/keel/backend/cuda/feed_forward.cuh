@@ -198,7 +198,7 @@ struct feed_forward_plan {
 
     feed_forward_plan(int count, int k, int experts, int hidden_columns, int width, int planes) {
         // With few rows, also pairs with the shared expert, and floats between the products.
-        const int few_rows = std::min(count, most_few(experts) / k), groups = experts + 1;
+        const int few_rows = experts == 0 ? 0 : std::min(count, most_few(experts) / k), groups = experts + 1;
         const int pairs = count * k + few_rows;
         const int positions = experts == 0 ? count : expert_order::positions(pairs, groups);
         rows = take(prepared::bytes(count, hidden_columns, planes));
@@ -224,27 +224,29 @@ private:
 
 /// The two kernels of few_experts.cuh, if they are for such networks; with the shared one, if it is like the others.
 struct few_experts {
+    bool shared;
     few_experts_arguments<2> up;
     few_experts_arguments<1> down;
-    bool serves, shared;
+    bool serves;
 
-    few_experts(const feed_forward_args& args, const expert_order& order, float* inner, float* outputs) {
-        const int width = args.gate.rows, hidden = args.gate.columns;
-        shared = args.shared_like_others() && args.gate.count < most_experts;
-        up = {order.tiles,
-              order.tile_count,
-              order.pair,
-              args.x,
-              args.x_row,
-              shared ? args.k + 1 : args.k,
-              {args.gate, args.up},
-              {args.shared_gate.data, args.shared_up.data},
-              inner,
-              width,
-              {}};
-        down = {order.tiles, order.tile_count,        order.pair, inner,  width, 1,
-                {args.down}, {args.shared_down.data}, outputs,    hidden, {}};
-        serves = shape_few_experts(up) && shape_few_experts(down);
+    few_experts(const feed_forward_args& a, const expert_order& order, float* inner, float* outputs)
+        : shared(a.shared_like_others() && a.gate.count < most_experts),
+          up{order.tiles,
+             order.tile_count,
+             order.pair,
+             a.x,
+             a.x_row,
+             shared ? a.k + 1 : a.k,
+             {a.gate, a.up},
+             {a.shared_gate.data, a.shared_up.data},
+             inner,
+             a.gate.rows,
+             {}},
+          down{order.tiles, order.tile_count,     order.pair, inner,          a.gate.rows, 1,
+               {a.down},    {a.shared_down.data}, outputs,    a.gate.columns, {}},
+          serves(a.chosen != nullptr && a.rows * a.k <= byte_rows::most_rows * a.gate.count && shape_few_experts(up) &&
+                 shape_few_experts(down)) {
+        shared = shared && serves;
     }
 
     cudaError_t start(cudaStream_t stream) const {
@@ -279,19 +281,16 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
     product_target down{args.down, args.out, args.out_row, args.accumulate, 0, 0};
     tiling tiles{nullptr, nullptr, args.rows, few_tile_rows};
     const few_experts streamed(args, order, reinterpret_cast<float*>(memory + plan.hidden), outputs);
-    const bool few_each = choice && args.rows * args.k <= most_few(experts);
-    const bool streams = choice && args.rows * args.k <= byte_rows::most_rows * experts && streamed.serves;
-    const bool few =
-        (choice ? few_each : args.rows <= few_tile_rows) && fits_few<2>(args.gate) && fits_few<1>(args.down);
-    const bool with_shared = streams && streamed.shared;
-    const expert_choice of{args.chosen, args.chosen_row, args.rows, with_shared ? args.k + 1 : args.k,
-                           experts,     with_shared};
+    const bool few = (choice ? args.rows * args.k <= most_few(experts) : args.rows <= few_tile_rows) &&
+                     fits_few<2>(args.gate) && fits_few<1>(args.down);
+    const expert_choice of{args.chosen, args.chosen_row, args.rows, streamed.shared ? args.k + 1 : args.k,
+                           experts,     streamed.shared};
     const int pairs = of.pairs(), positions = choice ? expert_order::positions(pairs, experts) : args.rows;
     int most_tiles = tiles.tiles();
     if (choice) {
-        const int rows_of_tile = streams ? byte_rows::most_rows
-                                 : few   ? few_list_rows
-                                         : tile_rows / std::max(planes, inner_planes);
+        const int rows_of_tile = streamed.serves ? byte_rows::most_rows
+                                 : few           ? few_list_rows
+                                                 : tile_rows / std::max(planes, inner_planes);
         const cudaError_t error = cuda_kernels::start(sort_kernel, dim3(1), 1024, 0, stream, of, rows_of_tile, order);
         if (error != cudaSuccess) return error;
         down = {args.down, outputs, hidden, 0, 0, 0};
@@ -299,7 +298,7 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
         most_tiles = expert_order::most_tiles(pairs, experts, rows_of_tile);
     }
     cudaError_t error = cudaSuccess;
-    if (streams) {
+    if (streamed.serves) {
         error = streamed.start(stream);
     } else if (few) {
         const fragment_rows x(memory + plan.rows, args.rows, hidden, planes);
@@ -340,7 +339,7 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
                                 dim3(static_cast<unsigned>((hidden + 1023) / 1024), static_cast<unsigned>(args.rows)),
                                 256, 0, stream, outputs, args.weights, args.weights_row, args.k, of.slots, hidden,
                                 args.out, args.out_row, args.accumulate);
-    if (error != cudaSuccess || with_shared || args.shared_gate.data == nullptr) return error;
+    if (error != cudaSuccess || streamed.shared || args.shared_gate.data == nullptr) return error;
     feed_forward_args rest = args;
     rest.chosen = nullptr;
     rest.accumulate = 1;
