@@ -162,18 +162,16 @@ struct row_format<layout::q6_k> {
     }
 };
 
-/// The 32 rows of weights of an item in shared memory: in four pieces of 8 neighbouring rows, which lie so that two
-/// rows of each, eight in all, meet no bank conflict. These are rows 8 r to 8 r + 7 of fragment f, if the two begin
-/// with the piece's row 4 f + 2 r.
+/// The 32 rows of weights of an item in shared memory: in four pieces of 8 neighbouring rows, each at a multiple of
+/// slot_alignment, which lie so that two rows of each, eight in all, meet no bank conflict where rows have an odd
+/// number of 16 bytes, and otherwise one. These are rows 8 r to 8 r + 7 of fragment f, if the two begin with the
+/// piece's row 4 f + 2 r.
 struct item_rows {
     static constexpr int count = 32, piece = 8, pieces = count / piece;
 
     int row_bytes;
 
-    __host__ __device__ int at_piece(int p) const {
-        const int banks = row_bytes / 16;  // from a row to the next, in units that eight rows take different ones of
-        return p * piece * row_bytes + 16 * (banks % 2 != 0 ? 2 * p : banks % 4 == 2 ? p + (p & 2) : p);
-    }
+    __host__ __device__ int at_piece(int p) const { return p * piece * row_bytes + 32 * p; }
     __host__ __device__ int bytes() const { return at_piece(pieces - 1) + piece * row_bytes; }
     __device__ int at_pair(int eighth) const { return at_piece(eighth / 2) + eighth % 2 * row_bytes; }
     /// Which row of the item has the results that the lanes [4 eighth, 4 eighth + 4) have of rows 8 r to 8 r + 7 of f.

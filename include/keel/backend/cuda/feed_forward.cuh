@@ -301,8 +301,8 @@ inline cudaError_t feed_forward(const feed_forward_args& args, cudaStream_t stre
     if (streamed.serves) {
         error = streamed.start(stream);
     } else if (few) {
-        const fragment_rows x(memory + plan.rows, args.rows, hidden, planes);
-        const fragment_rows inner(memory + plan.hidden, positions, width, inner_planes);
+        const prepared x(memory + plan.rows, args.rows, hidden, planes);
+        const prepared inner(memory + plan.hidden, positions, width, inner_planes);
         error = prepare_rows({args.x, args.x_row, 0}, 1, args.rows, hidden, {}, x, stream);
         if (error != cudaSuccess) return error;
         error = start_few_gated({{x, tiles, choice ? order.pair : nullptr, args.k}, args.gate, args.up, inner},

@@ -22,19 +22,22 @@ namespace keel::cuda_launch::detail {
 
 /// How the blocks go through items.
 struct few_experts_shape {
-    static constexpr int most_warps = 18, most_slots = 12;
+    static constexpr int most_warps = 18, most_sets = 6;
     static constexpr int most_threads = (most_warps + 1) * 32;
+    static constexpr int slots_of_set = 2;  // of the ring of items, and so many items' sums are kept
 
     int warps, sets;  // warps of a set, at most most_warps of all sets
-    int slots,
-        slot_bytes;  // of the ring of items; each slot is a set's, as a barrier tells two rounds apart, not three
-    int items;       // of a tile
+    int slot_bytes;
+    int items;  // of a tile
 
-    /// Of shared memory, besides slots: two tiles' activations; the sums of all warps of a set but one, for one item
-    /// and the next.
+    __host__ __device__ int slots() const { return slots_of_set * sets; }
+
+    /// Of shared memory: slots; two tiles' activations; for every slot the sums of all warps of a set but one.
     __host__ __device__ int sums_of_one() const { return (warps - 1) * 32; }
-    int fixed_bytes(int columns) const {
-        return 2 * byte_rows::bytes(columns) + 2 * sets * sums_of_one() * static_cast<int>(sizeof(float4));
+    int bytes(int columns) const {
+        return cuda_kernels::slot_alignment +
+               slots() * (slot_bytes + sums_of_one() * static_cast<int>(sizeof(float4))) +
+               2 * byte_rows::bytes(columns);
     }
 };
 
@@ -92,7 +95,7 @@ private:
 template <layout L, int Matrices>
 struct few_experts_block {
     using shape = few_experts_shape;
-    using slot_ring = cuda_kernels::slot_ring<shape::most_slots>;
+    using slot_ring = cuda_kernels::slot_ring<shape::most_sets * shape::slots_of_set>;
     static constexpr int rows_of_matrix = item_rows::count / Matrices;
 
     const few_experts_arguments<Matrices>& a;
@@ -102,7 +105,7 @@ struct few_experts_block {
 
     __device__ item_rows rows() const { return {a.weight[0].row_bytes}; }
     __device__ unsigned char* slot(const slot_ring::cursor& at) const { return memory + at.slot * a.shape.slot_bytes; }
-    __device__ unsigned char* behind_slots() const { return memory + a.shape.slots * a.shape.slot_bytes; }
+    __device__ unsigned char* behind_slots() const { return memory + a.shape.slots() * a.shape.slot_bytes; }
     __device__ static int rows_in(const row_tile& tiles, int which) {
         return min(tiles.rows - which * byte_rows::most_rows, byte_rows::most_rows);
     }
@@ -113,24 +116,22 @@ struct few_experts_block {
 
     /// The warp that fills slots.
     __device__ void fill() const {
-        slot_ring::cursor at{a.shape.slots};
+        slot_ring::cursor at{a.shape.slots()};
         few_experts_share(a).for_each([&](const row_tile& tiles, int count, int begin, int first, int last) {
             const int expert = tiles.matrix, row_bytes = a.weight[0].row_bytes;
             const bool shared = expert == a.weight[0].count;
             const long long of_expert = shared ? 0 : static_cast<long long>(expert) * a.weight[0].rows * row_bytes;
 #pragma unroll 1
             for (int item = first; item < last; ++item, at.next()) {
-                ring.fill(at, item_rows::count * row_bytes, [&](const auto& copy) {
-#pragma unroll
-                    for (int p = 0; p < item_rows::pieces; ++p) {
+                const int first_row = ((item - begin) >> (count - 1)) * rows_of_matrix;
+                ring.fill(at, item_rows::count * row_bytes, [&](const stage_copy& copy) {
+                    copy.pieces<true>(item_rows::pieces, item_rows::piece * row_bytes, [&](int p) {
                         const int m = p * Matrices / item_rows::pieces;
-                        const int row =
-                            ((item - begin) >> (count - 1)) * rows_of_matrix + p * item_rows::piece % rows_of_matrix;
-                        copy.template whole<true>(
+                        const int row = first_row + p * item_rows::piece % rows_of_matrix;
+                        return stage_copy::piece{
                             slot(at) + rows().at_piece(p),
-                            (shared ? a.shared[m] : a.weight[m].data) + of_expert + row * row_bytes,
-                            item_rows::piece * row_bytes);
-                    }
+                            (shared ? a.shared[m] : a.weight[m].data) + of_expert + row * row_bytes};
+                    });
                 });
             }
         });
@@ -140,7 +141,7 @@ struct few_experts_block {
     __device__ void multiply(int set, int part) const {
         const shape& s = a.shape;
         const int users = s.sets * s.warps;
-        slot_ring::cursor at{s.slots};
+        slot_ring::cursor at{s.slots()};
         at.next(set);
         int item = set, turn = 0;
         few_experts_share(a).for_each([&](const row_tile& tiles, int count, int begin, int, int last) {
@@ -152,12 +153,15 @@ struct few_experts_block {
             }
             named_barrier(1, users * 32);
             for (; item < last; item += s.sets, at.next(s.sets)) {
-                const int which = count == 2 ? (item - begin) % 2 : 0;
+                const int which = count == 2 ? (item - begin) % 2 : 0, row_of_x = lane % 4;
+                // Where the results of one of the warps go, of which it is each one's turn: known when they are there.
+                int pair = -1;
+                if (part == turn && row_of_x < rows_in(tiles, which)) {
+                    pair = a.pair[tiles.first + which * byte_rows::most_rows + row_of_x];
+                }
                 float acc[2][2] = {};
                 multiply_item(acc, at, part, rows_of(which));
-                add_up(acc, set, part, turn, item / s.sets % 2,
-                       {tiles.matrix, tiles.first + which * byte_rows::most_rows, rows_in(tiles, which)},
-                       ((item - begin) >> (count - 1)) * rows_of_matrix);
+                add_up(acc, at, part, turn, pair, ((item - begin) >> (count - 1)) * rows_of_matrix);
                 if (++turn == s.warps) turn = 0;
             }
         });
@@ -172,18 +176,22 @@ struct few_experts_block {
         for (int block = part; block < blocks; block += a.shape.warps) {
             multiply_block<L>(acc, nibbles, mine, row_bytes, 8 * blocks, block, x, lane);
         }
-        ring.release(at);
     }
 
-    /// Warp `turn` of the set adds up what all of them have for an item.
-    __device__ void add_up(const float (&acc)[2][2], int set, int part, int turn, int second, const row_tile& tile,
+    /// Warp `turn` of the set adds up what all of them have for an item. The others do not wait: the slot, and with it
+    /// the item's sums and barrier, is not used again before that warp has released it.
+    __device__ void add_up(const float (&acc)[2][2], const slot_ring::cursor& at, int part, int turn, int pair,
                            int first_row) const {
         const shape& s = a.shape;
         float4* const sums = reinterpret_cast<float4*>(behind_slots() + 2 * byte_rows::bytes(a.weight[0].columns)) +
-                             (2 * set + second) * s.sums_of_one() + lane;
-        if (part != turn) sums[(part < turn ? part : part - 1) * 32] = {acc[0][0], acc[0][1], acc[1][0], acc[1][1]};
-        named_barrier(2 + set, s.warps * 32);
-        if (part != turn) return;
+                             at.slot * s.sums_of_one() + lane;
+        const int barrier = 2 + at.slot, threads = s.warps * 32;
+        if (part != turn) {
+            sums[(part < turn ? part : part - 1) * 32] = {acc[0][0], acc[0][1], acc[1][0], acc[1][1]};
+            named_arrive(barrier, threads);
+            return ring.release(at);
+        }
+        named_barrier(barrier, threads);
         // In the order of the warps, whichever it is.
         float4 total = {0, 0, 0, 0};
         const auto add = [&](const float4& v) { total = {total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w}; };
@@ -192,8 +200,8 @@ struct few_experts_block {
         add({acc[0][0], acc[0][1], acc[1][0], acc[1][1]});
 #pragma unroll 4
         for (int i = turn; i < s.warps - 1; ++i) add(sums[i * 32]);
+        ring.release(at);
         const float all[4] = {total.x, total.y, total.z, total.w};
-        const int row_of_x = lane % 4, pair = row_of_x < tile.rows ? a.pair[tile.first + row_of_x] : -1;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int row = item_rows::result(lane / 4, i / 2, i % 2);
@@ -210,10 +218,9 @@ template <layout L, int Matrices>
 __global__ void __launch_bounds__(few_experts_shape::most_threads, 1)
     few_experts_kernel(const __grid_constant__ few_experts_arguments<Matrices> a) {
     using block = few_experts_block<L, Matrices>;
-    extern __shared__ uint4 dynamic_memory[];
     __shared__ typename block::slot_ring ring;
     const int warp = static_cast<int>(threadIdx.x) / 32, users = a.shape.sets * a.shape.warps;
-    const block here{a, ring, reinterpret_cast<unsigned char*>(dynamic_memory), static_cast<int>(threadIdx.x) % 32};
+    const block here{a, ring, cuda_kernels::slot_memory(), static_cast<int>(threadIdx.x) % 32};
     if (threadIdx.x == 0) ring.init(a.shape.warps);
     __syncthreads();
     if (warp < users) {
@@ -236,12 +243,10 @@ bool shape_few_experts(few_experts_arguments<Matrices>& a) {
     s.warps = cuda_kernels::ceil_div(blocks, rounds);
     s.slot_bytes = item_rows{m.row_bytes}.bytes();
     s.items = m.rows * Matrices / item_rows::count;
-    for (s.sets = few_experts_shape::most_warps / s.warps; s.sets > 0; --s.sets) {
-        const int room = cuda_kernels::shared_bytes_up_to(228 * 1024, 512) - s.fixed_bytes(m.columns);
-        s.slots = std::min(room / s.slot_bytes, few_experts_shape::most_slots) / s.sets * s.sets;
-        if (s.slots >= 2 * s.sets) return true;
-    }
-    return false;
+    const int room = cuda_kernels::shared_bytes_up_to(228 * 1024, 512);
+    s.sets = std::min(few_experts_shape::most_warps / s.warps, few_experts_shape::most_sets);
+    while (s.sets > 0 && s.bytes(m.columns) > room) --s.sets;
+    return s.sets > 0;
 }
 
 template <int Matrices>
@@ -249,8 +254,7 @@ cudaError_t start_few_experts(const few_experts_arguments<Matrices>& a, cudaStre
     const auto with = [&]<layout L>() {
         const few_experts_shape& s = a.shape;
         return cuda_kernels::start(few_experts_kernel<L, Matrices>, grid_of(cuda_kernels::multiprocessors()),
-                                   (s.sets * s.warps + 1) * 32,
-                                   s.slots * s.slot_bytes + s.fixed_bytes(a.weight[0].columns), stream, a);
+                                   (s.sets * s.warps + 1) * 32, s.bytes(a.weight[0].columns), stream, a);
     };
     if (a.weight[0].type == layout::q4_k) return with.template operator()<layout::q4_k>();
     if (a.weight[0].type == layout::q5_k) return with.template operator()<layout::q5_k>();

@@ -5,9 +5,6 @@
 // activations. Its lanes have the units of the next groups on their way to slots of their own in shared memory; what
 // all warps multiply with, the rows' part of these groups, is fetched once for the block. Where a matrix has few rows,
 // the blocks of a cluster share them and split the columns.
-//
-// Activations are halves as in gemm.cuh, with the columns of a group in the order of the right operand's fragments:
-//   values [groups of 128 columns][tiles of 8 rows][4 pairs of steps][8 rows][4 threads][8 halves]
 #pragma once
 
 #include <algorithm>
@@ -21,25 +18,10 @@
 #include <keel/backend/cuda/halves.cuh>
 #include <keel/backend/cuda/launch_prefill.hpp>
 #include <keel/backend/cuda/mma.cuh>
+#include <keel/backend/cuda/prepared.cuh>
+#include <keel/backend/cuda/wgmma.cuh>
 
 namespace keel::cuda_launch::detail {
-
-struct fragment_rows : prepared {
-    using prepared::prepared;
-
-    /// Piece p = 4 thread + pair of steps.
-    __device__ uint4* piece(int plane, int group, int row, int p) const {
-        return reinterpret_cast<uint4*>(tile(plane, group, row)) + p % 4 * 32 + row % 8 * 4 + p / 4;
-    }
-    __device__ static int element(int p, int i) { return p / 4 * 32 + p % 4 * 4 + i / 2 * 2 + i % 2 * 16; }
-
-    /// One half: column i of a group.
-    __device__ __half* half(int plane, int group, int row, int i) const {
-        const int step = i % 16 / 2;
-        return reinterpret_cast<__half*>(piece(plane, group, row, i / 32 * 4 + step / 2)) + step % 2 * 4 +
-               i % 32 / 16 * 2 + i % 2;
-    }
-};
 
 inline constexpr int few_warps = 8, few_threads = few_warps * 32;
 
@@ -78,7 +60,8 @@ struct few_ring {
 template <layout L, int Matrices, int Most>
 int few_bytes(const matrix& like) {
     using largest = few_ring<L, Matrices, Most>;
-    return std::max({few_ring<L, Matrices, 1>::bytes, few_ring<L, Matrices, 2>::bytes,
+    return tiles_alignment +
+           std::max({few_ring<L, Matrices, 1>::bytes, few_ring<L, Matrices, 2>::bytes,
                      few_ring<L, Matrices, std::min(Most, 4)>::bytes, largest::bytes}) +
            largest::all_ends(like.row_bytes - weight_unit<L>::factors_at((like.columns + 31) / 32));
 }
@@ -108,11 +91,11 @@ struct few_weights {
 
 /// What the kernels of few_rows.cuh multiply with.
 struct few_input {
-    fragment_rows x;
+    prepared x;
     tiling tiles;
     const int* pairs;  ///< null, or pairs[position] / k is the row of x
     int k;
-    int log_parts = 0;    ///< of the blocks that share rows of W
+    int parts = 1;        ///< of the blocks that share rows of W
     bool beside = false;  ///< the kernel is beside the one before, which reads the same x
 
     /// Row i of a tile, or its last one. All rows of several matrices lie side by side, as heads do.
@@ -141,19 +124,55 @@ struct few_place {
     __device__ int row_group(int of_warp) const { return block * few_warps + of_warp; }
 };
 
+/// acc[m] += a[m] times 8 * Tiles rows of half a group's columns, which begin at address `x`. All warps of a block;
+/// then settle_products() must come before acc, a or these rows are touched.
+template <int Planes, int Matrices, int Tiles>
+__device__ void multiply_half(float (&acc)[Matrices][Tiles][4], std::uint32_t (&a)[Matrices][4][4], std::uint32_t x,
+                              int lane) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#pragma unroll
+    for (int i = 0; i < 16 * Matrices; ++i) settle(a[i / 16][i / 4 % 4][i % 4]);
+    wgmma_wait<0>();
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4 * Planes; ++i) {
+#pragma unroll
+        for (int m = 0; m < Matrices; ++m) {
+            wgmma(acc[m], a[m][i % 4], x + i / 4 * Tiles * eight_bytes + i % 4 * 32, eight_bytes);
+        }
+    }
+    wgmma_commit();
+#else
+#pragma unroll
+    for (int i = 0; i < Planes * Tiles * 2; ++i) {
+        const int step = i % 2 * 2, t = i / 2 % Tiles, row = lane % 8, piece = 2 * step + lane / 8;
+        std::uint32_t b[4];
+        load_matrices(b, x + i / 2 * eight_bytes + row * 128 + (piece ^ row) * 16);
+#pragma unroll
+        for (int m = 0; m < Matrices; ++m) {
+            multiply(acc[m][t], a[m][step], b[0], b[1]);
+            multiply(acc[m][t], a[m][step + 1], b[2], b[3]);
+        }
+    }
+#endif
+}
+__device__ inline void settle_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wgmma_wait<0>();
+#endif
+}
+
 /// acc[m] += 16 rows of matrix m times 8 * Tiles rows of x, over the columns of this block's part. All threads of the
 /// block.
 template <int Tiles, int Matrices, layout L>
 __device__ void multiply_few(float (&acc)[Matrices][Tiles][4], const few_weights (&w)[Matrices], int columns,
                              const few_input& in, const row_tile& tile, const few_place& place) {
-    extern __shared__ uint4 dynamic_memory[];
     using ring_of = few_ring<L, Matrices, Tiles>;
     constexpr int ahead = ring_of::stages - 1, planes = planes_for(L);
     const int units = (columns + 31) / 32, groups = groups_of(columns), ends_at = weight_unit<L>::factors_at(units);
-    const ring_of ring{reinterpret_cast<unsigned char*>(dynamic_memory), place.warp, place.lane,
-                       w[0].row_bytes - ends_at};
+    const ring_of ring{dynamic_memory_on<tiles_alignment>(), place.warp, place.lane, w[0].row_bytes - ends_at};
     const int eighth = place.lane / 4, quad = place.lane % 4;
-    const auto begin_of = [&](int part) { return groups * part >> in.log_parts; };
+    const auto begin_of = [&](int part) { return groups * part / in.parts; };
     const int first = begin_of(place.part), last = begin_of(place.part + 1);
     const auto ask_weights = [&](int group, int stage) {
         if (group >= last) return;
@@ -163,18 +182,21 @@ __device__ void multiply_few(float (&acc)[Matrices][Tiles][4], const few_weights
             weight_unit<L>::ask(ring.weights(stage, i / 2, i % 2), w[i / 2].row(eighth + i % 2 * 8), units, unit);
         }
     };
-    // Half of the threads copy a tile of 8 rows, each the same 16 bytes of every group.
-    constexpr int halves = 2, copies = (Tiles + halves - 1) / halves;
-    const int half = static_cast<int>(threadIdx.x) / 128, piece = static_cast<int>(threadIdx.x) % 128;
+    // 128 threads, one of two teams, copy a tile of 8 rows, each the same 16 bytes of every group.
+    constexpr int teams = 2, copies = (Tiles + teams - 1) / teams;
+    const int team = static_cast<int>(threadIdx.x) / 128, piece = static_cast<int>(threadIdx.x) % 128;
     int at[copies];
     const auto ask_x = [&](int group, int stage) {
         if (group >= last) return;
+        unsigned char* const to = ring.x(stage) + team * eight_bytes + piece * 16;
 #pragma unroll
-        for (int i = 0; i < planes * copies; ++i) {
-            const int plane = i / copies, t = i % copies * halves + half;
-            if (Tiles % halves != 0 && t >= Tiles) continue;
-            copy_async(ring.x(stage) + (plane * Tiles + t) * eight_bytes + piece * 16,
-                       in.x.tile(plane, group, 0) + at[i % copies]);
+        for (int plane = 0; plane < planes; ++plane) {
+            const unsigned char* const from = in.x.tile(plane, group, 0);
+#pragma unroll
+            for (int i = 0; i < copies; ++i) {
+                if (Tiles % teams != 0 && i * teams + team >= Tiles) continue;
+                copy_async(to + (plane * Tiles + i * teams) * eight_bytes, from + at[i]);
+            }
         }
     };
 #pragma unroll
@@ -193,49 +215,47 @@ __device__ void multiply_few(float (&acc)[Matrices][Tiles][4], const few_weights
     }
 #pragma unroll
     for (int i = 0; i < copies; ++i) {
-        const int row = in.row(tile, 8 * (i * halves + half) + piece % 32 / 4);
-        at[i] = row / 8 * eight_bytes + (piece / 32 * 32 + row % 8 * 4 + piece % 4) * 16;
+        const int r = piece / 8 % 8, row = in.row(tile, 8 * (i * teams + team) + r);
+        at[i] = row / 8 * eight_bytes + piece / 64 * 1024 + row % 8 * 128 + (piece % 8 ^ r ^ row % 8) * 16;
     }
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) {
         ask_x(first + i, i);
         commit_copies();
     }
+    std::uint32_t a[2][Matrices][4][4];
     int stage = 0;
 #pragma unroll 1
     for (int group = first; group < last; ++group) {
         wait_copies<ahead - 1>();
+        publish_to_copies();
+        settle_products();
         __syncthreads();  // all have what is in this stage, and nobody needs the one before it
         const int next = stage == 0 ? ahead : stage - 1;
         ask_weights(group + ahead, next);
         ask_x(group + ahead, next);
         commit_copies();
         const int unit_at = min(4 * group + quad, units - 1);
+        weight_unit<L> unit[2 * Matrices];
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            std::uint32_t a[Matrices][4][4];
+        for (int i = 0; i < 2 * Matrices; ++i) {
+            unit[i].take(ring.weights(stage, i / 2, i % 2), ring.end(i / 2, eighth + i % 2 * 8), units, unit_at);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int i = 0; i < 2 * Matrices; ++i) {
-                weight_unit<L> unit;
-                unit.take(ring.weights(stage, i / 2, i % 2), ring.end(i / 2, eighth + i % 2 * 8), units, unit_at);
-                const half_steps steps = unit.steps(part);
+                const half_steps steps = unit[i].steps(half);
 #pragma unroll
-                for (int s = 0; s < 4; ++s) a[i / 2][s][i % 2] = steps.low[s], a[i / 2][s][2 + i % 2] = steps.high[s];
-            }
-#pragma unroll
-            for (int i = 0; i < planes * Tiles * 2; ++i) {
-                const int step = i % 2, t = i / 2 % Tiles;
-                const uint4 b = reinterpret_cast<const uint4*>(
-                    ring.x(stage) + i / 2 * eight_bytes)[(2 * part + step) * 32 + place.lane];
-#pragma unroll
-                for (int m = 0; m < Matrices; ++m) {
-                    multiply(acc[m][t], a[m][2 * step], b.x, b.y);
-                    multiply(acc[m][t], a[m][2 * step + 1], b.z, b.w);
+                for (int s = 0; s < 4; ++s) {
+                    a[half][i / 2][s][i % 2] = steps.low[s], a[half][i / 2][s][2 + i % 2] = steps.high[s];
                 }
             }
+            multiply_half<planes>(acc, a[half], shared_address(ring.x(stage)) + half * 1024, place.lane);
         }
         stage = stage == ahead ? 0 : stage + 1;
     }
+    settle_products();
     wait_copies<0>();
 }
 
@@ -254,8 +274,7 @@ __device__ void for_each_sum(const float (&acc)[Matrices][Tiles][4], int parts, 
         }
         return;
     }
-    extern __shared__ uint4 dynamic_memory[];
-    float4* const mine = reinterpret_cast<float4*>(dynamic_memory) + place.lane;
+    float4* const mine = reinterpret_cast<float4*>(dynamic_memory_on<tiles_alignment>()) + place.lane;
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < Tiles; ++t) {

@@ -37,7 +37,7 @@ __device__ void few_product_tile(const few_arguments& args, const row_tile& tile
     const few_weights w[1] = {{of_warp.weight, tile.matrix, first_row(of_warp, place.warp)}};
     float acc[1][Tiles][4] = {};
     multiply_few<Tiles, 1, L>(acc, w, of_warp.weight.columns, args.in, tile, place);
-    for_each_sum(acc, 1 << args.in.log_parts, place, [&](int warp, int t, const float(&sums)[1][4]) {
+    for_each_sum(acc, args.in.parts, place, [&](int warp, int t, const float(&sums)[1][4]) {
         const product_target& target = target_of(args, place.row_group(warp));
         const int mine = first_row(target, warp) + place.lane / 4;
         for_each_result(args.in, tile, t, place.lane, [&](int e, int position, float scale) {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(few_threads, 2) few_product_kernel(const __gri
 struct few_gated_arguments {
     few_input in;
     matrix gate, up;
-    fragment_rows hidden;
+    prepared hidden;
 };
 
 template <int Tiles, layout L>
@@ -80,7 +80,7 @@ __device__ void few_gated_tile(const few_gated_arguments& args, const row_tile& 
     const few_weights w[2] = {{args.gate, tile.matrix, first}, {args.up, tile.matrix, first}};
     float acc[2][Tiles][4] = {};
     multiply_few<Tiles, 2, L>(acc, w, args.gate.columns, args.in, tile, place);
-    for_each_sum(acc, 1 << args.in.log_parts, place, [&](int warp, int t, const float(&sums)[2][4]) {
+    for_each_sum(acc, args.in.parts, place, [&](int warp, int t, const float(&sums)[2][4]) {
         const int mine = place.row_group(warp) * 16 + place.lane / 4;
         for_each_result(args.in, tile, t, place.lane, [&](int e, int position, float scale) {
 #pragma unroll
@@ -121,13 +121,12 @@ cudaError_t start_few(void (*kernel)(Arguments), int row_groups, const matrix& l
     const int blocks = (row_groups + few_warps - 1) / few_warps, wanted = cuda_kernels::multiprocessors();
     const int groups = groups_of(like.columns), most = compiled.ptxVersion >= 90 ? std::min(most_parts, groups) : 1;
     few_input& in = args.in;
-    int parts = 1;
-    for (; 2 * parts <= most && blocks * tiles * parts < wanted; parts *= 2) ++in.log_parts;
+    while (2 * in.parts <= most && blocks * tiles * in.parts < wanted) in.parts *= 2;
     for (; groups == 1 && in.tiles.at_once > 8 && blocks * tiles < wanted; tiles = in.tiles.tiles()) {
         in.tiles.at_once /= 2;
     }
-    const dim3 grid(static_cast<unsigned>(blocks * parts), static_cast<unsigned>(tiles));
-    return cuda_kernels::start_clusters(kernel, grid, parts > 1 ? parts : 0, few_threads,
+    const dim3 grid(static_cast<unsigned>(blocks * in.parts), static_cast<unsigned>(tiles));
+    return cuda_kernels::start_clusters(kernel, grid, in.parts > 1 ? in.parts : 0, few_threads,
                                         few_bytes<L, Matrices, Most>(like), stream, args);
 }
 

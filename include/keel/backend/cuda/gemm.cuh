@@ -190,10 +190,7 @@ inline constexpr int tiles_ahead = 8;
 
 /// Before multiply_tile: the stages lie in dynamic shared memory, behind the barriers, on 1024 bytes.
 __device__ inline block_state start_block(int depth) {
-    extern __shared__ uint4 dynamic_memory[];
-    const std::uint32_t from = shared_address(dynamic_memory);
-    unsigned char* const memory =
-        reinterpret_cast<unsigned char*>(dynamic_memory) + ((from + 1023) / 1024 * 1024 - from);
+    unsigned char* const memory = dynamic_memory_on<tiles_alignment>();
     const block_state block{memory + ring_bytes, reinterpret_cast<tile_ring*>(memory), depth};
     if (static_cast<int>(threadIdx.x) < depth) {
         block.ring->full[threadIdx.x].init(stage_copy::arrivals);

@@ -47,6 +47,14 @@ __device__ inline std::uint32_t shared_address(const void* p) {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/// Dynamic shared memory from the first multiple of Alignment on; a block asks for as many bytes more.
+template <int Alignment>
+__device__ inline unsigned char* dynamic_memory_on() {
+    extern __shared__ uint4 dynamic_memory[];
+    const std::uint32_t from = shared_address(dynamic_memory);
+    return reinterpret_cast<unsigned char*>(dynamic_memory) + ((from + Alignment - 1) / Alignment * Alignment - from);
+}
+
 /// Four 8 x 8 matrices of halves; lane 8 i + r gives the address of row r of matrix i.
 __device__ inline void load_matrices(std::uint32_t (&m)[4], std::uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -214,25 +222,39 @@ struct stage_copy {
     /// A multiple of 16 bytes, the same in all lanes. `Once`: nobody reads them again soon.
     template <bool Once = false>
     __device__ void whole(void* to, const void* from, int bytes) const {
+        pieces<Once>(1, bytes, [&](int) { return piece{to, from}; });
+    }
+    struct piece {
+        void* to;
+        const void* from;
+    };
+    /// Up to 32 pieces of as many bytes, of(i) the one with number i: every lane begins one, which takes less time than
+    /// one lane for all.
+    template <bool Once = false, class F>
+    __device__ void pieces(int count, int bytes, F&& of) const {
 #if __CUDA_ARCH__ >= 900
-        if (lane != 0) return;
+        if (lane >= count) return;
+        const piece mine = of(lane);
         if constexpr (Once) {
             const unsigned long long policy = leaving_first();
             asm volatile(
                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-                "[%3], %4;" ::"r"(shared_address(to)),
-                "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(policy)
+                "[%3], %4;" ::"r"(shared_address(mine.to)),
+                "l"(mine.from), "r"(bytes), "r"(shared_address(&full)), "l"(policy)
                 : "memory");
         } else {
             asm volatile(
                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                    shared_address(to)),
-                "l"(from), "r"(bytes), "r"(shared_address(&full))
+                    shared_address(mine.to)),
+                "l"(mine.from), "r"(bytes), "r"(shared_address(&full))
                 : "memory");
         }
 #else
-        for (int i = lane * 16; i < bytes; i += 512) {
-            copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i);
+        for (int p = 0; p < count; ++p) {
+            const piece now = of(p);
+            for (int i = lane * 16; i < bytes; i += 512) {
+                copy_async(static_cast<char*>(now.to) + i, static_cast<const char*>(now.from) + i);
+            }
         }
 #endif
     }

@@ -60,12 +60,16 @@ struct prepared {
         return reinterpret_cast<uint4*>(tile(plane, group, row) + p / 8 * 1024 + row % 8 * 128) + (p % 8 ^ row % 8);
     }
     __device__ static int element(int p, int i) { return 32 * i + 16 * (p % 2) + p / 2 * 2; }
+    /// One half: column i of a group.
+    __device__ __half* half(int plane, int group, int row, int i) const {
+        return reinterpret_cast<__half*>(piece(plane, group, row, i % 16 / 2 * 2 + i % 32 / 16)) + i / 32 * 2 + i % 2;
+    }
 };
 
 /// `Lanes` threads, `lane` among them, convert a row: `at(column)` gives two neighbouring elements, of which those
 /// behind the end are 0. all(x) is the largest of the threads' x.
-template <int Lanes, class Rows, class At, class All>
-__device__ void prepare_row(const Rows& out, int row, int columns, int lane, At&& at, All&& all) {
+template <int Lanes, class At, class All>
+__device__ void prepare_row(const prepared& out, int row, int columns, int lane, At&& at, All&& all) {
     float largest = 0;
     for (int i = 2 * lane; i < columns; i += 2 * Lanes) {
         const float2 x = at(i);
@@ -81,7 +85,7 @@ __device__ void prepare_row(const Rows& out, int row, int columns, int lane, At&
         float2 x[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            x[j] = at(group * group_columns + Rows::element(p, j));
+            x[j] = at(group * group_columns + prepared::element(p, j));
             x[j] = {x[j].x * factor, x[j].y * factor};
         }
         for (int plane = 0; plane < out.planes; ++plane) {
@@ -99,32 +103,41 @@ __device__ void prepare_row(const Rows& out, int row, int columns, int lane, At&
 
 inline constexpr int prepare_threads = 256;
 
-/// A block per row. `heads` of x side by side are as many rows.
-template <class Rows>
+/// `Lanes` threads per row, all of a block or, without a norm, a warp. `heads` of x side by side are as many rows.
+template <int Lanes>
 __global__ void __launch_bounds__(prepare_threads)
-    prepare_kernel(activations<const float> x, int heads, int columns, input_norm norm, Rows out) {
+    prepare_kernel(activations<const float> x, int heads, int rows, int columns, input_norm norm, prepared out) {
     cuda_kernels::wait_for_previous();
-    const int row = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int row = static_cast<int>(blockIdx.x) * (prepare_threads / Lanes) + thread / Lanes;
+    if (row >= rows) return;
     const float* const from = x.data + row / heads * x.row + row % heads * x.head;
     const auto load = [&](const float* p, int i) {
         return i + 1 < columns ? *reinterpret_cast<const float2*>(p + i) : float2{i < columns ? p[i] : 0.0f, 0.0f};
     };
     float scale = 1;
-    if (norm.weight != nullptr) scale = cuda_kernels::inverse_rms_of(from, columns, norm.epsilon);
+    if (Lanes == prepare_threads && norm.weight != nullptr)
+        scale = cuda_kernels::inverse_rms_of(from, columns, norm.epsilon);
     const auto at = [&](int i) {
         float2 v = load(from, i);
         if (norm.weight == nullptr) return v;
         const float2 w = load(norm.weight, i);
         return float2{v.x * scale * w.x, v.y * scale * w.y};
     };
-    prepare_row<prepare_threads>(out, row, columns, thread, at, [](float x) { return cuda_kernels::block_max(x); });
+    prepare_row<Lanes>(out, row, columns, thread % Lanes, at, [](float of_thread) {
+        return Lanes == prepare_threads ? cuda_kernels::block_max(of_thread) : cuda_kernels::lanes_max(of_thread);
+    });
 }
 
-template <class Rows>
-cudaError_t prepare_rows(const activations<const float>& x, int heads, int rows, int columns, const input_norm& norm,
-                         const Rows& out, cudaStream_t stream) {
-    return cuda_kernels::start(prepare_kernel<Rows>, dim3(static_cast<unsigned>(rows)), prepare_threads, 0, stream, x,
-                               heads, columns, norm, out);
+inline cudaError_t prepare_rows(const activations<const float>& x, int heads, int rows, int columns,
+                                const input_norm& norm, const prepared& out, cudaStream_t stream) {
+    const auto with = [&]<int Lanes>() {
+        const int blocks = cuda_kernels::ceil_div(rows, prepare_threads / Lanes);
+        return cuda_kernels::start(prepare_kernel<Lanes>, grid_of(blocks), prepare_threads, 0, stream, x, heads, rows,
+                                   columns, norm, out);
+    };
+    const bool by_warps = columns <= 2 * prepare_threads && norm.weight == nullptr;
+    return by_warps ? with.template operator()<cuda_kernels::warp_size>() : with.template operator()<prepare_threads>();
 }
 
 }  // namespace keel::cuda_launch::detail

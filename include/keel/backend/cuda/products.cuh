@@ -42,7 +42,7 @@ inline cudaError_t products(const products_args& args, cudaStream_t stream) {
         if (error != cudaSuccess) return error;
         return start_all_products({x, {nullptr, nullptr, rows, 0}, nullptr, 1.0f, 0, 0, {}}, list, count, 0, stream);
     }
-    const fragment_rows x(args.workspace, rows, args.columns, planes);
+    const prepared x(args.workspace, rows, args.columns, planes);
     const cudaError_t error = prepare_rows(input, args.heads, rows, args.columns, args.norm, x, stream);
     if (error != cudaSuccess) return error;
     const tiling all{nullptr, nullptr, args.rows, few_tile_rows, args.heads};

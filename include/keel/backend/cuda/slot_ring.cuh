@@ -8,6 +8,13 @@
 
 namespace keel::cuda_kernels {
 
+/// Slots begin at multiples of this: a copy to anywhere else takes a fifth longer.
+inline constexpr int slot_alignment = 32;
+__host__ __device__ constexpr int slot_bytes_for(int bytes) { return ceil_div(bytes, slot_alignment) * slot_alignment; }
+
+/// Dynamic shared memory that begins with slots; a block asks for slot_alignment bytes more.
+__device__ inline unsigned char* slot_memory() { return cuda_launch::detail::dynamic_memory_on<slot_alignment>(); }
+
 /// A ring of slots in shared memory: one warp, all its lanes, fills them in turn, and others use each when it is full.
 template <int Slots>
 class slot_ring {

@@ -11,6 +11,9 @@
 
 namespace keel::cuda_launch::detail {
 
+/// Where tiles of B begin.
+inline constexpr int tiles_alignment = 1024;
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /// B at `address`, tiles of 8 rows `stride` bytes apart.
