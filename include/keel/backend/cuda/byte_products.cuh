@@ -15,6 +15,7 @@
 #include <keel/backend/cuda/halves.cuh>
 #include <keel/backend/cuda/launch.hpp>
 #include <keel/backend/cuda/mma.cuh>
+#include <keel/backend/cuda/slot_ring.cuh>
 #include <keel/backend/cuda/staging.cuh>
 
 namespace keel::cuda_launch::detail {
@@ -171,7 +172,7 @@ struct item_rows {
 
     int row_bytes;
 
-    __host__ __device__ int at_piece(int p) const { return p * piece * row_bytes + 32 * p; }
+    __host__ __device__ int at_piece(int p) const { return p * (piece * row_bytes + cuda_kernels::slot_alignment); }
     __host__ __device__ int bytes() const { return at_piece(pieces - 1) + piece * row_bytes; }
     __device__ int at_pair(int eighth) const { return at_piece(eighth / 2) + eighth % 2 * row_bytes; }
     /// Which row of the item has the results that the lanes [4 eighth, 4 eighth + 4) have of rows 8 r to 8 r + 7 of f.

@@ -134,12 +134,10 @@ __device__ void gated_tile(const gated_arguments& args, const row_tile& tile, in
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     const float gate = acc[0][j][2 * r + e] * scale, up = acc[1][j][2 * r + e] * scale;
-                    const int i = mine + 8 * r, step = i % 16 / 2, piece = step % 4 * 2 + i % 32 / 16;
-                    auto* const to = reinterpret_cast<__half*>(stage + j * eight_bytes + step / 4 * 1024 +
-                                                               token % 8 * 128 + (piece ^ token % 8) * 16);
-                    to[i / 32 * 2 + i % 2] = first_row + i < args.gate.rows && token < tile.rows
-                                                 ? gated_half(gate, up, plane)
-                                                 : __half(0.0f);
+                    const int i = mine + 8 * r;
+                    const bool inside = first_row + i < args.gate.rows && token < tile.rows;
+                    *prepared::half_of(stage + j * eight_bytes, token, i) =
+                        inside ? gated_half(gate, up, plane) : __half(0.0f);
                 }
             }
         }

@@ -124,44 +124,6 @@ struct few_place {
     __device__ int row_group(int of_warp) const { return block * few_warps + of_warp; }
 };
 
-/// acc[m] += a[m] times 8 * Tiles rows of half a group's columns, which begin at address `x`. All warps of a block;
-/// then settle_products() must come before acc, a or these rows are touched.
-template <int Planes, int Matrices, int Tiles>
-__device__ void multiply_half(float (&acc)[Matrices][Tiles][4], std::uint32_t (&a)[Matrices][4][4], std::uint32_t x,
-                              int lane) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#pragma unroll
-    for (int i = 0; i < 16 * Matrices; ++i) settle(a[i / 16][i / 4 % 4][i % 4]);
-    wgmma_wait<0>();
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4 * Planes; ++i) {
-#pragma unroll
-        for (int m = 0; m < Matrices; ++m) {
-            wgmma(acc[m], a[m][i % 4], x + i / 4 * Tiles * eight_bytes + i % 4 * 32, eight_bytes);
-        }
-    }
-    wgmma_commit();
-#else
-#pragma unroll
-    for (int i = 0; i < Planes * Tiles * 2; ++i) {
-        const int step = i % 2 * 2, t = i / 2 % Tiles, row = lane % 8, piece = 2 * step + lane / 8;
-        std::uint32_t b[4];
-        load_matrices(b, x + i / 2 * eight_bytes + row * 128 + (piece ^ row) * 16);
-#pragma unroll
-        for (int m = 0; m < Matrices; ++m) {
-            multiply(acc[m][t], a[m][step], b[0], b[1]);
-            multiply(acc[m][t], a[m][step + 1], b[2], b[3]);
-        }
-    }
-#endif
-}
-__device__ inline void settle_products() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    wgmma_wait<0>();
-#endif
-}
-
 /// acc[m] += 16 rows of matrix m times 8 * Tiles rows of x, over the columns of this block's part. All threads of the
 /// block.
 template <int Tiles, int Matrices, layout L>
@@ -251,7 +213,13 @@ __device__ void multiply_few(float (&acc)[Matrices][Tiles][4], const few_weights
                     a[half][i / 2][s][i % 2] = steps.low[s], a[half][i / 2][s][2 + i % 2] = steps.high[s];
                 }
             }
-            multiply_half<planes>(acc, a[half], shared_address(ring.x(stage)) + half * 1024, place.lane);
+#pragma unroll
+            for (int m = 0; m < Matrices; ++m) settle_operands(a[half][m]);
+            settle_products();
+#pragma unroll
+            for (int m = 0; m < Matrices; ++m) {
+                begin_products<planes>(acc[m], a[half][m], shared_address(ring.x(stage)) + half * 1024, place.lane);
+            }
         }
         stage = stage == ahead ? 0 : stage + 1;
     }

@@ -87,7 +87,8 @@ __device__ void few_gated_tile(const few_gated_arguments& args, const row_tile& 
             for (int r = 0; r < 2; ++r) {
                 const int i = mine + 8 * r;
                 for (int plane = 0; plane < args.hidden.planes; ++plane) {
-                    *args.hidden.half(plane, i / group_columns, position, i % group_columns) =
+                    *prepared::half_of(args.hidden.tile(plane, i / group_columns, position), position,
+                                       i % group_columns) =
                         i < rows ? gated_half(sums[0][2 * r + e] * scale, sums[1][2 * r + e] * scale, plane)
                                  : __half(0.0f);
                 }

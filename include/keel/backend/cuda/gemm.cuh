@@ -81,6 +81,47 @@ struct block_state {
     int depth;
 };
 
+// Products of the 16 rows of W that a warp holds, four steps of 16 columns, with prepared rows in shared memory. On
+// sm_90a the four warps of a warpgroup begin them together, and they are under way until settle_products(): before that
+// nobody touches sums, operands or rows.
+
+/// Behind this, what is computed of the operands of the next products.
+__device__ inline void settle_operands(std::uint32_t (&a)[4][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#pragma unroll
+    for (int i = 0; i < 16; ++i) settle(a[i / 4][i % 4]);
+#endif
+}
+
+/// Until all products that this warp has begun are done.
+__device__ inline void settle_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wgmma_wait<0>();
+#endif
+}
+
+/// acc += a times 8 * Tiles rows, of which half a group's columns begin at address `x`, planes one behind the other.
+template <int Planes, int Tiles>
+__device__ void begin_products(float (&acc)[Tiles][4], const std::uint32_t (&a)[4][4], std::uint32_t x, int lane) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4 * Planes; ++i) {
+        wgmma(acc, a[i % 4], x + i / 4 * Tiles * eight_bytes + i % 4 * 32, eight_bytes);
+    }
+    wgmma_commit();
+#else
+#pragma unroll
+    for (int i = 0; i < 2 * Planes * Tiles; ++i) {
+        const int step = i % 2 * 2, t = i / 2 % Tiles, row = lane % 8, piece = 2 * step + lane / 8;
+        std::uint32_t b[4];
+        load_matrices(b, x + i / 2 * eight_bytes + row * 128 + (piece ^ row) * 16);
+        multiply(acc[t], a[step], b[0], b[1]);
+        multiply(acc[t], a[step + 1], b[2], b[3]);
+    }
+#endif
+}
+
 /// acc[m] += rows of two matrices, `from[m][r]` for rows g and g + 8 of the 16 of this warp, times N rows of x from
 /// `first` on. All threads of the block take part. A stage of activations holds N rows of each plane.
 template <int N, layout L, int Planes>
@@ -126,11 +167,8 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
                 }
             }
             if (batch % 2 == 1) load(m, group + 1);
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#pragma unroll
-            for (int i = 0; i < 16; ++i) settle(a[batch % 2][i / 4][i % 4]);
-            wgmma_wait<0>();
-#endif
+            settle_operands(a[batch % 2]);
+            settle_products();
             if (batch == 0 && group > 0) {  // this warp has finished the previous group
                 if (lane == 0) block.ring->empty[slot == 0 ? block.depth - 1 : slot - 1].arrive();
                 // Fetch into the stage of the group before it, which the other warpgroup has most likely finished too.
@@ -141,36 +179,11 @@ __device__ void multiply_tile(float (&acc)[2][N / 8][4], const unsigned char* co
                     fetch(next, free);
                 }
             }
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-            wgmma_fence();
-#pragma unroll
-            for (int i = 0; i < 4 * Planes; ++i) {
-                const int s = i % 4;
-                wgmma(acc[m], a[batch % 2][s], stage + i / 4 * (N / 8 * eight_bytes) + batch % 2 * 1024 + s * 32,
-                      eight_bytes);
-            }
-            wgmma_commit();
-#else
-#pragma unroll
-            for (int i = 0; i < 4 * Planes; ++i) {
-                const int s = i % 4;
-#pragma unroll
-                for (int j = 0; j < N / 8; j += 2) {
-                    std::uint32_t b[4];
-                    const int row = lane % 8, p = (2 * s + lane / 8 % 2) ^ row;
-                    load_matrices(b, stage + (i / 4 * (N / 8) + j + lane / 16) * eight_bytes + batch % 2 * 1024 +
-                                         row * 128 + p * 16);
-                    multiply(acc[m][j], a[batch % 2][s], b[0], b[1]);
-                    multiply(acc[m][j + 1], a[batch % 2][s], b[2], b[3]);
-                }
-            }
-#endif
+            begin_products<Planes>(acc[m], a[batch % 2], stage + batch % 2 * 1024, lane);
         }
         if (++slot == block.depth) slot = 0, phase ^= 1;
     }
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    wgmma_wait<0>();
-#endif
+    settle_products();
 }
 
 /// Asks for `rows` records from `row` on of matrix `m` in the second level cache.

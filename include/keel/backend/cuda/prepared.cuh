@@ -57,12 +57,15 @@ struct prepared {
     }
     /// Piece p (of 16) of a row's group: 8 halves, of which the pair i begins with element(p, i).
     __device__ uint4* piece(int plane, int group, int row, int p) const {
-        return reinterpret_cast<uint4*>(tile(plane, group, row) + p / 8 * 1024 + row % 8 * 128) + (p % 8 ^ row % 8);
+        return piece_of(tile(plane, group, row), row, p);
+    }
+    __device__ static uint4* piece_of(unsigned char* tile, int row, int p) {
+        return reinterpret_cast<uint4*>(tile + p / 8 * 1024 + row % 8 * 128) + (p % 8 ^ row % 8);
     }
     __device__ static int element(int p, int i) { return 32 * i + 16 * (p % 2) + p / 2 * 2; }
-    /// One half: column i of a group.
-    __device__ __half* half(int plane, int group, int row, int i) const {
-        return reinterpret_cast<__half*>(piece(plane, group, row, i % 16 / 2 * 2 + i % 32 / 16)) + i / 32 * 2 + i % 2;
+    /// One half of a tile: column i of the group.
+    __device__ static __half* half_of(unsigned char* tile, int row, int i) {
+        return reinterpret_cast<__half*>(piece_of(tile, row, i % 16 / 2 * 2 + i % 32 / 16)) + i / 32 * 2 + i % 2;
     }
 };
 
@@ -116,8 +119,9 @@ __global__ void __launch_bounds__(prepare_threads)
         return i + 1 < columns ? *reinterpret_cast<const float2*>(p + i) : float2{i < columns ? p[i] : 0.0f, 0.0f};
     };
     float scale = 1;
-    if (Lanes == prepare_threads && norm.weight != nullptr)
+    if (Lanes == prepare_threads && norm.weight != nullptr) {
         scale = cuda_kernels::inverse_rms_of(from, columns, norm.epsilon);
+    }
     const auto at = [&](int i) {
         float2 v = load(from, i);
         if (norm.weight == nullptr) return v;
