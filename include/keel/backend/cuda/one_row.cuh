@@ -59,7 +59,8 @@ struct one_row_shape {
     __host__ __device__ int group() const { return summed / rows; }  // steps that are summed at once
     __host__ __device__ int partial_bytes() const { return group() * rows * partial_pitch(lanes) * 4; }
     __host__ __device__ int fixed_bytes() const {
-        return staged::code_bytes(units) + partial_bytes() + steps * static_cast<int>(sizeof(row_step));
+        return slot_alignment + staged::code_bytes(units) + partial_bytes() +
+               steps * static_cast<int>(sizeof(row_step));
     }
 
     /// Step i of all blocks'; behind the last, one of no rows.
@@ -87,7 +88,7 @@ struct one_row_shape {
 /// Block b takes steps b, b + grid, ...
 __global__ void __launch_bounds__(one_row_shape::all_threads, 2)
     one_row_kernel(const __grid_constant__ launch::matvec_args a, const __grid_constant__ one_row_shape s) {
-    extern __shared__ __align__(16) unsigned char memory[];  // slots, codes, partial sums, steps
+    unsigned char* const memory = slot_memory();  // slots, codes, partial sums, steps
     __shared__ slot_ring<one_row_shape::most_slots> ring;
     __shared__ float squares[one_row_shape::users];
     constexpr int threads = one_row_shape::threads;
@@ -184,7 +185,7 @@ inline cudaError_t start_one_row(const launch::matvec_args& a, cudaStream_t stre
     const int device_blocks = multiprocessors();
     const int units = units_of(a.columns), lanes = ceil_div(units, 2);
     const auto with = [&](int rows) {
-        one_row_shape s{units, lanes, rows, 0, 0, rows * widest, {}};
+        one_row_shape s{units, lanes, rows, 0, 0, slot_bytes_for(rows * widest), {}};
         int end = 0;
         for (int i = 0; i < a.products; ++i) s.ends[i] = end += ceil_div(a.list[i].weight.rows, rows);
         s.steps = ceil_div(end, device_blocks);

@@ -69,7 +69,7 @@ struct one_row_up_shape {
     int widest_units;
 
     __host__ __device__ int fixed_bytes() const {
-        return staged::code_bytes(units) + group * 2 * half * partial_pitch(lanes) * 4;
+        return slot_alignment + staged::code_bytes(units) + group * 2 * half * partial_pitch(lanes) * 4;
     }
 
     /// The i-th half of the calling block.
@@ -87,7 +87,7 @@ struct one_row_up_shape {
 __global__ void __launch_bounds__(one_row_up_shape::all_threads, 1)
     one_row_up_kernel(const __grid_constant__ launch::experts_args a, const __grid_constant__ one_row_up_shape s) {
     using shape = one_row_up_shape;
-    extern __shared__ __align__(16) unsigned char memory[];  // slots, codes, partial sums
+    unsigned char* const memory = slot_memory();  // slots, codes, partial sums
     __shared__ slot_ring<shape::most_slots> ring;
     __shared__ float squares[shape::users], made[shape::most_group * 2 * shape::half];
     __shared__ int which[warp_size];
@@ -213,7 +213,7 @@ struct one_row_down_shape {
 /// more warp takes the choice, before the previous kernel is done, and asks for the weights. Grid: (blocks).
 __global__ void __launch_bounds__((one_row_down_shape::most_slots + 1) * warp_size, 3)
     one_row_down_kernel(const __grid_constant__ launch::experts_args a, const __grid_constant__ one_row_down_shape s) {
-    extern __shared__ __align__(16) unsigned char memory[];  // weights of every slot, partial sums
+    unsigned char* const memory = slot_memory();  // weights of every slot, partial sums
     __shared__ slot_ring<one_row_down_shape::most_slots> ring;
     __shared__ float weight[warp_size];
     __shared__ int which[warp_size];
@@ -289,7 +289,7 @@ inline cudaError_t start_one_row(const launch::experts_args& a, cudaStream_t str
     up.all = a.k * up.halves + up.shared;
     const int blocks = min(multiprocessors(), up.all);
     up.group = min(ceil_div(up.all, blocks), one_row_up_shape::most_group);
-    up.slot_bytes = up.rows * widest;
+    up.slot_bytes = slot_bytes_for(up.rows * widest);
     up.widest_units = widest_units;
     const int room = shared_bytes_up_to(100 * 1024) - up.fixed_bytes();  // leaves room for blocks of the next kernel
     up.slots = max(1, min(room / up.slot_bytes, one_row_up_shape::most_slots));
@@ -298,9 +298,12 @@ inline cudaError_t start_one_row(const launch::experts_args& a, cudaStream_t str
     if (e != cudaSuccess) return e;
 
     const auto down_of = [&](int rows) -> one_row_down_shape {
-        return {rows, slots, widest_units, rows * a.down.row_bytes, shared ? rows * a.shared_down.row_bytes : 0};
+        return {rows, slots, widest_units, slot_bytes_for(rows * a.down.row_bytes),
+                shared ? slot_bytes_for(rows * a.shared_down.row_bytes) : 0};
     };
-    const auto bytes_of = [&](const one_row_down_shape& s) { return s.weight_bytes(a.k) + 4 * s.partial_floats(); };
+    const auto bytes_of = [&](const one_row_down_shape& s) {
+        return slot_alignment + s.weight_bytes(a.k) + 4 * s.partial_floats();
+    };
     one_row_down_shape down = down_of(ceil_div(a.down.rows, 3 * multiprocessors()));
     while (down.rows > 1 && bytes_of(down) > shared_bytes_up_to(72 * 1024)) down = down_of(down.rows - 1);
     return start(one_row_down_kernel, launch::grid_of(ceil_div(a.down.rows, down.rows)), (slots + 1) * warp_size,
